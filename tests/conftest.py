@@ -1,0 +1,35 @@
+"""Every test starts from the same random state and leaves the process as it found it."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+# The oracle and the zoo are plain modules beside this file, importable under every import mode of pytest.
+if str(Path(__file__).parent) not in sys.path:
+    sys.path.insert(0, str(Path(__file__).parent))
+
+# Two threads exercise the parallel paths; OMP_NUM_THREADS=1 still holds.
+torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+@pytest.fixture(autouse=True)
+def reproducible() -> Iterator[None]:
+    """Seed torch and Python; restore generators, default dtype, grad mode and deterministic flag afterwards."""
+    torch_state, python_state = torch.get_rng_state(), random.getstate()
+    default_dtype = torch.get_default_dtype()
+    grad_enabled = torch.is_grad_enabled()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    torch.manual_seed(0)
+    random.seed(0)
+    yield
+    torch.set_rng_state(torch_state)
+    random.setstate(python_state)
+    torch.set_default_dtype(default_dtype)
+    torch.set_grad_enabled(grad_enabled)
+    torch.use_deterministic_algorithms(deterministic)
