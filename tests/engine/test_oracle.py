@@ -7,6 +7,7 @@ import torch
 import zoo
 from oracle import captured_inputs, double_backward, evaluation_mode, relative_error, seeds
 from torch.func import functional_call, jacrev, jvp
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 SUBJECTS = ["mlp_batchnorm", "act_silu", "vit", "densenet", "tied_parameters"]
 
@@ -16,7 +17,7 @@ def directional_slope(entry_id: str, temperature: float) -> tuple[dict[str, torc
     entry = zoo.get(entry_id)
     model, (x, _) = entry.make(), entry.data()
     parameters = dict(model.named_parameters())
-    with evaluation_mode(model):
+    with evaluation_mode(model), sdpa_kernel(SDPBackend.MATH):
         jacobian = jacrev(model)(x)  # [N, C, N, ...]
         p = torch.softmax(model(x).detach() / temperature, 1)
         g = torch.stack([torch.tensordot(p[i], jacobian[i, :, i], 1) for i in range(len(x))]).detach()
