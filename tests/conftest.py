@@ -20,7 +20,7 @@ torch.set_num_threads(min(2, torch.get_num_threads()))
 
 @pytest.fixture(autouse=True)
 def reproducible() -> Iterator[None]:
-    """Seed torch and Python; restore generators, default dtype, grad mode and deterministic flag afterwards."""
+    """Seed torch and Python; restore generators, default dtype, grad mode and determinism afterwards."""
     torch_state, python_state = torch.get_rng_state(), random.getstate()
     default_dtype = torch.get_default_dtype()
     grad_enabled = torch.is_grad_enabled()

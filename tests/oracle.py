@@ -19,21 +19,21 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 TOLERANCES = {
     # Both sides do the same sums in another order: about 1e3 roundings of 1.1e-16, three digits to spare.
     torch.float64: 1e-10,
-    # Unit roundoff 6e-8 times the depth of the net; a unit within roundoff of its kink may also switch branch.
+    # Unit roundoff 6e-8 times the depth of the net; a unit within roundoff of its kink may switch.
     torch.float32: 1e-4,
     # Unit roundoff 4.9e-4, and switched units; a bound on the median over the parameters.
     torch.float16: 1e-2,
     # Unit roundoff 3.9e-3, eight times float16's; a bound on the median over the parameters.
     torch.bfloat16: 8e-2,
 }
-# A parameter whose gradient vanishes by cancellation (an attention key's bias) is all rounding: it is measured
-# against this fraction of the largest gradient instead of against itself.
+# A gradient that vanishes by cancellation (an attention key's bias) is all rounding: it is measured against
+# this fraction of the largest gradient instead of against itself.
 VANISHING = 1e-5
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What double backward gives: value, per-sample r [N], norms per layer [N], gradients by name, and dR/dx."""
+    """What double backward gives: value, r [N], norms per layer [N], gradients by name, dR/dx."""
 
     value: Tensor
     per_sample: Tensor
@@ -45,7 +45,7 @@ class Reference:
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Clear ``training`` module by module, as overridden ``eval`` methods cannot be trusted; restore it after."""
+    """Clear ``training`` module by module, as ``eval`` may be overridden; restore it after."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         for module, _ in modes:
@@ -76,9 +76,7 @@ def captured_inputs(model: nn.Module, layers: Sequence[str]) -> Iterator[dict[st
             handle.remove()
 
 
-def seeds(
-    logits: Tensor, y: Tensor | None, temperature: float, direction: str, center: bool
-) -> list[Tensor]:
+def seeds(logits: Tensor, y: Tensor | None, temperature: float, direction: str, center: bool) -> list[Tensor]:
     """The class mixes [N, C] whose effective weights are squared and summed; constants for autograd."""
     z = logits.detach()
     if direction == "softmax":
@@ -135,7 +133,7 @@ def double_backward(
     weights: Tensor | None = None,
     **options: object,
 ) -> Reference:
-    """Value and gradients of ``strength * penalty`` (plus ``base_loss`` of a forward in the model's own mode).
+    """Value and gradients of ``strength * penalty``, plus ``base_loss`` of a forward in the own mode.
 
     ``weights`` [N] contracts the unreduced penalty of ``reduction="none"`` to a scalar.
     """
@@ -194,4 +192,6 @@ def assert_gradients_match(
     """Every ``.grad`` of the model equals the reference, per parameter, within the relative tolerance."""
     found = errors(gradients(model), reference)
     wrong = {name: error for name, error in found.items() if not error <= tolerance}
-    assert not wrong, f"relative errors above {tolerance:g}: " + ", ".join(f"{n}: {e:.2e}" for n, e in wrong.items())
+    assert not wrong, f"relative errors above {tolerance:g}: " + ", ".join(
+        f"{n}: {e:.2e}" for n, e in wrong.items()
+    )

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-import zoo
-from oracle import TOLERANCES, assert_gradients_match, double_backward, relative_error
 from torch import Tensor, nn
 
+import zoo
 from emr_kernels import EffectiveWeightPenalty
+from oracle import TOLERANCES, assert_gradients_match, double_backward, relative_error
 
 MODELS = ["mlp_batchnorm", "wrn_10_2", "densenet", "vit", "act_silu"]
 DIRECTIONS = ["softmax", "label", "margin", "all"]
@@ -53,7 +53,9 @@ def check(entry_id: str, reduction: str, **options: Any) -> None:
     [(e, layers) for e in MODELS for layers in layer_selections(e)],
     ids=lambda value: value if isinstance(value, str) else "+".join(value),
 )
-def test_direction_layers_center(entry_id: str, layers: tuple[str, ...], direction: str, center: bool) -> None:
+def test_direction_layers_center(
+    entry_id: str, layers: tuple[str, ...], direction: str, center: bool
+) -> None:
     check(entry_id, "mean", direction=direction, layers=layers, center=center)
 
 
@@ -102,7 +104,7 @@ def test_random_directions_differ_between_samples() -> None:
 
 @pytest.mark.parametrize("center", [False, True], ids=["plain", "centred"])
 def test_random_direction_estimates_all_classes(center: bool) -> None:
-    """The mean of many draws lies within five standard errors of the exact sum over the classes, per sample."""
+    """Per sample, many draws average to the exact sum over the classes within five standard errors."""
     model, x, _ = subject("mlp_batchnorm")
     exact = double_backward(model, x, direction="all", reduction="none", center=center).per_sample
     penalty = EffectiveWeightPenalty(model, direction="random", reduction="none", center=center)
@@ -129,7 +131,9 @@ def test_random_direction_gradient_by_central_differences(entry_id: str) -> None
         with torch.no_grad():
             parameter.add_(step)
         assert parameter.grad is not None
-        torch.testing.assert_close((ends[0] - ends[1]) / 2, (parameter.grad * step).sum(), rtol=1e-5, atol=1e-14)
+        torch.testing.assert_close(
+            (ends[0] - ends[1]) / 2, (parameter.grad * step).sum(), rtol=1e-5, atol=1e-14
+        )
 
 
 @pytest.mark.parametrize("classes", [1, 2])

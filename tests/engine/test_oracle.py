@@ -1,19 +1,20 @@
-"""The oracle itself, against formulations that share none of its code: loops, torch.func, finite differences."""
+"""The oracle against formulations that share none of its code: loops, torch.func, differences."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-import zoo
-from oracle import captured_inputs, double_backward, evaluation_mode, relative_error, seeds
 from torch.func import functional_call, jacrev, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import zoo
+from oracle import captured_inputs, double_backward, evaluation_mode, relative_error, seeds
 
 SUBJECTS = ["mlp_batchnorm", "act_silu", "vit", "densenet", "tied_parameters"]
 
 
 def directional_slope(entry_id: str, temperature: float) -> tuple[dict[str, torch.Tensor], torch.nn.Module]:
-    """2 * gradient of d/dh s(x + h g; p fixed) at h = 0 by forward mode, g the effective weights held constant."""
+    """2 * gradient of d/dh s(x + h g; p fixed) at h = 0 by forward mode, g held constant."""
     entry = zoo.get(entry_id)
     model, (x, _) = entry.make(), entry.data()
     parameters = dict(model.named_parameters())
@@ -26,8 +27,10 @@ def directional_slope(entry_id: str, temperature: float) -> tuple[dict[str, torc
     return dict(zip(parameters, gradients, strict=True)), model
 
 
-# Not "vit": reverse over forward mode loses terms through LayerNorm's statistics; central differences cover it.
-@pytest.mark.parametrize("entry_id", ["mlp_batchnorm", "act_silu", "multihead_attention", "densenet", "fourier"])
+# Not "vit": reverse over forward mode loses terms of LayerNorm's statistics; differences cover it.
+@pytest.mark.parametrize(
+    "entry_id", ["mlp_batchnorm", "act_silu", "multihead_attention", "densenet", "fourier"]
+)
 def test_gradient_is_the_forward_mode_directional_derivative(entry_id: str) -> None:
     slope, model = directional_slope(entry_id, 0.7)
     x, _ = zoo.get(entry_id).data()
@@ -46,7 +49,9 @@ def test_norms_are_rows_of_the_jacobian(entry_id: str) -> None:
         for i in range(len(x)):
             rows = jacrev(lambda t: model(t)[0])(x[i : i + 1]).flatten(1)  # [C, d]
             for direction in ("softmax", "label", "margin", "all"):
-                r = double_backward(model, x, y, temperature=0.7, direction=direction, reduction="none").per_sample
+                r = double_backward(
+                    model, x, y, temperature=0.7, direction=direction, reduction="none"
+                ).per_sample
                 mixes = seeds(logits[i : i + 1], y[i : i + 1], 0.7, direction, center=False)
                 torch.testing.assert_close(r[i], sum((mix[0] @ rows).square().sum() for mix in mixes))
 

@@ -1,4 +1,4 @@
-"""Every model of the zoo: value, gradients, x-gradient and per-sample norms equal float64 double backward's."""
+"""Every model of the zoo: value, gradients and per-sample norms equal float64 double backward's."""
 
 from __future__ import annotations
 
@@ -7,25 +7,27 @@ import warnings
 
 import pytest
 import torch
-import zoo
-from oracle import assert_gradients_match, double_backward, gradients, relative_error
 from torch import nn
-from zoo import ENTRIES, Entry
 
+import zoo
 from emr_kernels import EffectiveWeightPenalty
+from oracle import assert_gradients_match, double_backward, gradients, relative_error
+from zoo import ENTRIES, Entry
 
 by_id = pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.id)
 TEMPERATURE = 0.7
 
 
 def prepared(entry: Entry, model: nn.Module, **options: object) -> EffectiveWeightPenalty:
-    """A prepared penalty whose engine is the one expected; the fallback warns exactly once, naming its reason."""
+    """A prepared penalty with the expected engine; a fallback warns exactly once, naming its reason."""
     penalty = EffectiveWeightPenalty(model, temperature=TEMPERATURE, **options)  # type: ignore[arg-type]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         penalty.prepare(entry.data()[0])
         penalty(*entry.data())
-    notices = [str(w.message) for w in caught if "double backward" in str(w.message) or "autograd" in str(w.message)]
+    notices = [
+        str(w.message) for w in caught if "double backward" in str(w.message) or "autograd" in str(w.message)
+    ]
     if entry.engine != "any":
         assert penalty.engine == entry.engine, penalty.engine_reason
     if penalty.engine == "autograd":
@@ -103,7 +105,7 @@ def test_other_batch_sizes(entry: Entry) -> None:
 
 
 def test_call_counter_is_not_counted_twice_for_the_penalty() -> None:
-    """What a buffer mutated in evaluation mode holds after a call is what the call's own forwards would leave."""
+    """A buffer mutated in evaluation mode counts a call of the penalty at most once."""
     model = zoo.get("call_counter").make()
     x, y = zoo.get("call_counter").data()
     penalty = EffectiveWeightPenalty(model)

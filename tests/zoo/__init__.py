@@ -1,4 +1,4 @@
-"""Small classifiers of every kind that a user may bring, each with fixed weights, inputs and an expectation."""
+"""Small classifiers of every kind that a user may bring, with fixed weights and inputs."""
 
 from __future__ import annotations
 

@@ -1,10 +1,11 @@
-"""Attention and recurrence: hand-written softmax attention, PyTorch's own modules, fused attention, shared cells."""
+"""Attention and recurrence: written out, PyTorch's own modules, fused, shared cells."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
 from zoo.entry import CLASSES, Entry
 
 
@@ -18,7 +19,9 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         n, length, dim = x.shape
-        q, k, v = self.qkv(x).reshape(n, length, 3, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = (
+            self.qkv(x).reshape(n, length, 3, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+        )
         if self.fused:
             out = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         else:
@@ -77,7 +80,9 @@ class Encoder(nn.Module):
         super().__init__()
         self.embed = nn.Linear(6, 8)
         layer = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True, **options)  # type: ignore[arg-type]
-        self.encoder = layer if depth == 1 else nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
+        self.encoder = (
+            layer if depth == 1 else nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
+        )
         self.head = nn.Linear(8, CLASSES)
         if frozen:
             self.requires_grad_(False)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
+
 from zoo.entry import CLASSES, Entry
 
 
@@ -189,7 +190,12 @@ class KeepsTraining(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.a, self.bn, self.drop, self.b = nn.Linear(12, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, CLASSES)
+        self.a, self.bn, self.drop, self.b = (
+            nn.Linear(12, 8),
+            nn.BatchNorm1d(8),
+            nn.Dropout(0.5),
+            nn.Linear(8, CLASSES),
+        )
 
     def train(self, mode: bool = True) -> KeepsTraining:
         super().train(mode)
@@ -252,7 +258,9 @@ def _dense(
     engine: str = "linearized",
     piecewise_linear: bool = False,
 ) -> Entry:
-    return Entry(entry_id, lambda: Dense(forward, setup), (12,), engine=engine, piecewise_linear=piecewise_linear)
+    return Entry(
+        entry_id, lambda: Dense(forward, setup), (12,), engine=engine, piecewise_linear=piecewise_linear
+    )
 
 
 def _normalised(m: Dense, x: Tensor) -> Tensor:
@@ -286,7 +294,11 @@ ENTRIES = [
     _dense("branches_on_batch_size", batch_branch),
     _dense("hypersphere_head", hypersphere),
     _dense("fourier", fourier, fourier_filter),
-    _dense("checkpointed", lambda m, x: m.b(checkpoint(lambda t: m.a(t).tanh(), x, use_reentrant=False)), engine="any"),
+    _dense(
+        "checkpointed",
+        lambda m, x: m.b(checkpoint(lambda t: m.a(t).tanh(), x, use_reentrant=False)),
+        engine="any",
+    ),
     _dense("stop_gradient", lambda m, x: m.b(F.silu(m.a(x)) * m.a(x).detach()), engine="any"),
     _dense("stop_gradient_weight", lambda m, x: m.b(F.silu(F.linear(x, m.a.weight.detach()))), engine="any"),
     Entry("call_counter", CallCounter, (12,)),

@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
 from zoo.entry import CLASSES, Entry
 
 
 class SmallCNN(nn.Module):
-    """The MNIST net of the TRADES experiments: two blocks of two unpadded 3x3 convolutions, three linear layers."""
+    """The MNIST net of the TRADES experiments: four unpadded 3x3 convolutions, three linear layers."""
 
     def __init__(self, width: int = 4, hidden: int = 12) -> None:
         super().__init__()
@@ -72,7 +73,9 @@ def lenet() -> nn.Module:
 class PreActBlock(nn.Module):
     """Pre-activation block; a 1x1 convolution on the activated input where the shape changes."""
 
-    def __init__(self, cin: int, cout: int, stride: int, slope: float = 0.0, channel_padding: bool = False) -> None:
+    def __init__(
+        self, cin: int, cout: int, stride: int, slope: float = 0.0, channel_padding: bool = False
+    ) -> None:
         super().__init__()
         self.bn1, self.bn2 = nn.BatchNorm2d(cin), nn.BatchNorm2d(cout)
         self.conv1 = nn.Conv2d(cin, cout, 3, stride, 1, bias=False)
@@ -98,9 +101,11 @@ class PreActBlock(nn.Module):
 
 
 class PreActNet(nn.Module):
-    """PreActResNet-18 and the wide ResNets: stages of pre-activation blocks, BatchNorm, global mean, linear."""
+    """PreActResNet-18 and the wide ResNets: stages of pre-activation blocks and a head."""
 
-    def __init__(self, stem: int, stages: list[tuple[int, int, int]], slope: float = 0.0, padding: bool = False) -> None:
+    def __init__(
+        self, stem: int, stages: list[tuple[int, int, int]], slope: float = 0.0, padding: bool = False
+    ) -> None:
         super().__init__()
         self.conv = nn.Conv2d(3, stem, 3, padding=1, bias=False)
         blocks: list[nn.Module] = []
@@ -123,7 +128,9 @@ def preact_resnet18(width: int) -> nn.Module:
     return PreActNet(width, [(width, 2, 1), (2 * width, 2, 2), (4 * width, 2, 2), (8 * width, 2, 2)])
 
 
-def wide_resnet(depth: int, factor: int, base: int = 16, slope: float = 0.0, padding: bool = False) -> nn.Module:
+def wide_resnet(
+    depth: int, factor: int, base: int = 16, slope: float = 0.0, padding: bool = False
+) -> nn.Module:
     n, width = (depth - 4) // 6, base * factor
     return PreActNet(base, [(width, n, 1), (2 * width, n, 2), (4 * width, n, 2)], slope, padding)
 
@@ -142,7 +149,9 @@ class PostActBlock(nn.Module):
         )
         changes = stride != 1 or cin != cout
         self.shortcut = (
-            nn.Sequential(nn.Conv2d(cin, cout, 1, stride, bias=False), nn.BatchNorm2d(cout)) if changes else None
+            nn.Sequential(nn.Conv2d(cin, cout, 1, stride, bias=False), nn.BatchNorm2d(cout))
+            if changes
+            else None
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -202,7 +211,7 @@ class SqueezeExcite(nn.Module):
 
 
 class UNet(nn.Module):
-    """Down and up again with a skip connection: max-pool, transposed convolution, interpolation, concatenation."""
+    """Down and up again with a skip: max-pool, transposed convolution, interpolation, concatenation."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -229,7 +238,14 @@ ENTRIES = [
         piecewise_linear=True,
         layers=("blocks.2", "blocks.5.conv2", "fc"),
     ),
-    Entry("preact_resnet18", lambda: preact_resnet18(64), (3, 8, 8), batch=2, piecewise_linear=True, any_batch=False),
+    Entry(
+        "preact_resnet18",
+        lambda: preact_resnet18(64),
+        (3, 8, 8),
+        batch=2,
+        piecewise_linear=True,
+        any_batch=False,
+    ),
     Entry("wrn_16_4", lambda: wide_resnet(16, 4), (3, 8, 8), batch=2, piecewise_linear=True, any_batch=False),
     Entry(
         "wrn_16_4_leaky_channel_padding",
@@ -238,8 +254,16 @@ ENTRIES = [
         piecewise_linear=True,
         layers=("blocks.2", "blocks.4.bn2", "bn"),
     ),
-    Entry("wrn_10_2", lambda: wide_resnet(10, 2, base=2), (3, 8, 8), piecewise_linear=True, layers=("blocks.1", "fc")),
-    Entry("resnet_post_activation", post_activation_resnet, (3, 8, 8), piecewise_linear=True, layers=("4", "8")),
+    Entry(
+        "wrn_10_2",
+        lambda: wide_resnet(10, 2, base=2),
+        (3, 8, 8),
+        piecewise_linear=True,
+        layers=("blocks.1", "fc"),
+    ),
+    Entry(
+        "resnet_post_activation", post_activation_resnet, (3, 8, 8), piecewise_linear=True, layers=("4", "8")
+    ),
     Entry("densenet", DenseNet, (3, 6, 6), piecewise_linear=True, layers=("norms.1", "transition", "fc")),
     Entry("squeeze_excite", SqueezeExcite, (3, 6, 6), layers=("down", "fc")),
     Entry("unet", UNet, (3, 8, 8), piecewise_linear=True),

@@ -16,9 +16,9 @@ CLASSES = 4
 class Entry:
     """A model factory with the input it takes and what is expected of the library on it.
 
-    ``engine`` is "linearized" for models that must not fall back, "autograd" for those that must (``reason`` is a
-    regular expression for the warning), and "any" where either is right as long as the gradients are.
-    ``tolerance`` other than 1e-10 has its reason in ``why``. ``piecewise_linear`` models have no gradient in x.
+    ``engine`` is "linearized" for models that must not fall back, "autograd" for those that must (``reason``
+    is a regular expression for the warning), and "any" where either is right if the gradients are.
+    ``tolerance`` other than 1e-10 has its reason in ``why``. ``piecewise_linear``: no gradient in x.
     """
 
     id: str
@@ -46,7 +46,7 @@ class Entry:
         return model.to(dtype)
 
     def data(self, batch: int | None = None, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
-        """x [N, *shape] uniform in [0, 1] and labels y [N]; drawn in float32 so that all dtypes see one batch."""
+        """x [N, *shape] uniform in [0, 1] and labels y [N]; drawn in float32, the same for all dtypes."""
         generator = torch.Generator().manual_seed(zlib.crc32(self.id.encode()) + 1)
         n = batch or self.batch
         x = torch.rand(n, *self.shape, generator=generator)
@@ -54,7 +54,7 @@ class Entry:
 
 
 def randomise(model: nn.Module) -> None:
-    """Give every normalisation layer statistics and an affine map as training would: no identities, mixed signs."""
+    """Give normalisation layers statistics and affine maps as training would, of mixed signs."""
     for module in model.modules():
         if not hasattr(module, "eps"):
             continue
@@ -62,9 +62,7 @@ def randomise(model: nn.Module) -> None:
             if name == "weight":
                 sign = torch.where(torch.rand(tensor.shape) < 0.3, -1.0, 1.0)
                 tensor.data.copy_(sign * (0.5 + torch.rand(tensor.shape)))
-            elif name == "bias":
-                tensor.data.copy_(0.3 * torch.randn(tensor.shape))
-            elif name == "running_mean":
+            elif name == "bias" or name == "running_mean":
                 tensor.data.copy_(0.3 * torch.randn(tensor.shape))
             elif name == "running_var":
                 tensor.data.copy_(0.5 + torch.rand(tensor.shape))

@@ -1,4 +1,4 @@
-"""Models whose export is impossible or would be silently wrong: they must be noticed and still get right gradients."""
+"""Models whose export is impossible or silently wrong: noticed, and still right gradients."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+
 from zoo.awkward import Dense
 from zoo.entry import Entry
 
@@ -81,7 +82,7 @@ def _entry(entry_id: str, forward: Callable[[Dense, Tensor], Tensor], reason: st
     return Entry(entry_id, lambda: Dense(forward), (12,), engine="autograd", reason=reason)
 
 
-# The reasons are matched loosely: which check notices first is the library's business, a reason must be named.
+# Matched loosely: which check notices first is the library's business, but a reason must be named.
 ENTRIES = [
     _entry("custom_function_activation", custom_activation, r"(?i)custom|autograd\.Function|gradient|vjp"),
     _entry("custom_function_weights", straight_through_weights, r"(?i)custom|autograd\.Function|gradient"),
