@@ -1,0 +1,16 @@
+"""Fused elementwise operators of the engine: each with a plain-PyTorch reference and faster backends behind it."""
+
+from __future__ import annotations
+
+from emr_kernels.ops._format import dense_format
+from emr_kernels.ops.affine_relu import affine_relu, affine_relu_jvp, affine_relu_vjp
+from emr_kernels.ops.bits import pack_bits, unpack_bits
+
+__all__ = [
+    "affine_relu",
+    "affine_relu_jvp",
+    "affine_relu_vjp",
+    "dense_format",
+    "pack_bits",
+    "unpack_bits",
+]

@@ -1,0 +1,40 @@
+"""Dense memory orders: in which order a tensor's elements lie, and back."""
+
+from __future__ import annotations
+
+import torch
+
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def dense_format(tensor: torch.Tensor) -> torch.memory_format:
+    """The memory format whose order the bits of `tensor` are packed in.
+
+    Channels-last (2d or 3d) for a tensor that is dense in that order and not also row-major, else row-major.
+    """
+    if tensor.is_contiguous():
+        return torch.contiguous_format
+    candidate = _CHANNELS_LAST.get(tensor.dim())
+    if candidate is not None and tensor.is_contiguous(memory_format=candidate):
+        return candidate
+    return torch.contiguous_format
+
+
+def to_format(tensor: torch.Tensor, memory_format: torch.memory_format) -> torch.Tensor:
+    """The tensor itself where it is already dense in that order, else a copy that is."""
+    return tensor.contiguous(memory_format=memory_format)
+
+
+def flatten_dense(tensor: torch.Tensor) -> torch.Tensor:
+    """A dense tensor's elements as a 1-d view, in memory order."""
+    if tensor.is_contiguous():
+        return tensor.view(-1)
+    return tensor.movedim(1, -1).reshape(-1)
+
+
+def unflatten_dense(flat: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """A 1-d tensor in the memory order of `like`, viewed in the shape of `like`."""
+    if like.is_contiguous():
+        return flat.view(like.shape)
+    n, c, *space = like.shape
+    return flat.view(n, *space, c).movedim(-1, 1)
