@@ -1,0 +1,57 @@
+"""The interface of a defense, and the named loss terms that it returns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from emr_training.penalties import Penalty
+
+
+@dataclass(frozen=True)
+class Losses:
+    """The terms of a batch's loss, scalars that carry their weights, and the logits [N, C] behind them."""
+
+    terms: dict[str, Tensor]
+    logits: Tensor
+
+    @property
+    def total(self) -> Tensor:
+        """The sum of the terms: what to call `backward()` on."""
+        return torch.stack(list(self.terms.values())).sum()
+
+
+class Defense(Protocol):
+    """Computes the training loss of a model on a batch: images x [N, ...] in [0, 1], labels y [N] (int64).
+
+    The model is called in the mode the caller left it in; `generator` is the source of an attack's random
+    start.
+    """
+
+    penalties: Sequence[Penalty]
+
+    def __call__(
+        self, model: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None
+    ) -> Losses: ...
+
+
+def with_penalties(
+    terms: dict[str, Tensor], penalties: Sequence[Penalty], x: Tensor, y: Tensor
+) -> dict[str, Tensor]:
+    """`terms` and one term for each penalty, evaluated at x after the defense's own forward passes.
+
+    A penalty at strength 0 is not evaluated. Raises ValueError when two terms share a name.
+    """
+    result = dict(terms)
+    for penalty in penalties:
+        if penalty.name in result:
+            raise ValueError(
+                f"penalty name {penalty.name!r} is taken; expected a name other than {sorted(result)}"
+            )
+        if penalty.strength:
+            result[penalty.name] = penalty.strength * penalty(x, y)
+    return result

@@ -1,0 +1,80 @@
+"""Checks of arguments: each error names the argument, its value and what was expected."""
+
+from __future__ import annotations
+
+import math
+from difflib import get_close_matches
+
+import torch
+from torch import Tensor
+
+
+def nearest(name: str, valid: list[str]) -> str:
+    """A hint that names the valid option closest to `name`, or all of them when none is close."""
+    close = get_close_matches(name, valid, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join(map(repr, valid))}"
+
+
+def check_number(name: str, value: float, *, low: float = -math.inf, high: float = math.inf) -> None:
+    """Raise ValueError unless `value` is a finite number in [low, high]."""
+    if not math.isfinite(value) or not low <= value <= high:
+        expected = (
+            f"a number in [{low:g}, {high:g}]" if math.isfinite(high) else f"a finite number >= {low:g}"
+        )
+        raise ValueError(f"{name} is {value!r}; expected {expected}")
+
+
+def check_count(name: str, value: int, *, low: int = 1) -> None:
+    """Raise TypeError or ValueError unless `value` is an integer >= low."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} is {value!r} of type {type(value).__name__}; expected an integer >= {low}")
+    if value < low:
+        raise ValueError(f"{name} is {value}; expected an integer >= {low}")
+
+
+def check_images(x: Tensor, y: Tensor) -> None:
+    """Raise unless x is a floating-point batch [N, ...] in [0, 1] and y is int64 [N] on the same device.
+
+    Labels above the number of classes can only be seen once logits are there: see `check_logits`.
+    """
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(
+            f"x is of type {got}; expected a floating-point tensor [N, ...] with values in [0, 1]"
+        )
+    if x.dim() < 2:
+        raise ValueError(f"x has shape {list(x.shape)}; expected a batch [N, ...] of at least 2 dimensions")
+    if not isinstance(y, Tensor) or y.dtype != torch.int64:
+        got = y.dtype if isinstance(y, Tensor) else type(y).__name__
+        raise TypeError(f"y is of type {got}; expected class indices as a torch.int64 tensor [N]")
+    if y.shape != x.shape[:1]:
+        raise ValueError(f"y has shape {list(y.shape)}; expected [{x.shape[0]}], one label per row of x")
+    if y.device != x.device:
+        raise ValueError(f"y is on {y.device}; expected {x.device}, the device of x")
+    if x.numel() == 0:
+        return
+    low, high = (float(v) for v in torch.aminmax(x.detach()))
+    if not (low >= 0.0 and high <= 1.0):
+        raise ValueError(
+            f"x has values in [{low:g}, {high:g}]; expected [0, 1] (put input normalisation inside the model)"
+        )
+    if int(y.min()) < 0:
+        raise ValueError(f"y has the label {int(y.min())}; expected class indices >= 0")
+
+
+def check_logits(logits: Tensor, y: Tensor) -> None:
+    """Raise ValueError unless `logits` is [N, C] with C >= 2 and every label in y is below C."""
+    if (
+        not isinstance(logits, Tensor)
+        or logits.dim() != 2
+        or logits.shape[0] != y.shape[0]
+        or logits.shape[1] < 2
+    ):
+        got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(
+            f"the model's output is {got}; expected logits [{y.shape[0]}, C] with C >= 2 classes"
+        )
+    if y.numel() and int(y.max()) >= logits.shape[1]:
+        raise ValueError(
+            f"y has the label {int(y.max())}; expected labels below the model's {logits.shape[1]} classes"
+        )

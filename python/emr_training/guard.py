@@ -1,0 +1,54 @@
+"""Lending a model out for evaluation: unwrapped, and left as it was found."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from lightning_fabric.wrappers import _FabricModule
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+@contextmanager
+def left_as_found(model: nn.Module, device: torch.device) -> Iterator[nn.Module]:
+    """The model in evaluation mode, parameters frozen; all as it was on leaving, also by an exception.
+
+    Restored are: each module's training flag, each parameter's requires_grad and .grad, each buffer (a
+    model may write into its buffers even in evaluation mode), and the global random state of the CPU and of
+    `device`.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    buffers = [(b, b._version, b.detach().clone()) for b in model.buffers()]
+    cuda = [device] if device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices=cuda), torch.inference_mode(False), torch.enable_grad():
+            # The flag itself rather than .eval(), which users override to keep some modules in another mode.
+            for module, _ in modes:
+                module.training = False
+            for p, _, _ in parameters:
+                p.requires_grad_(False)
+            yield model
+    finally:
+        for module, training in modes:
+            module.training = training
+        for p, requires_grad, grad in parameters:
+            p.requires_grad_(requires_grad)
+            p.grad = grad
+        with torch.no_grad():
+            for b, version, value in buffers:
+                if b._version != version:
+                    b.copy_(value)
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """The model inside Fabric's and DistributedDataParallel's wrappers, for passes beside the training step.
+
+    Fabric's wrapper refuses a gradient taken behind its back in mixed precision, and DDP would synchronise
+    for it.
+    """
+    while isinstance(model, (_FabricModule, DistributedDataParallel)):
+        model = model.module
+    return model

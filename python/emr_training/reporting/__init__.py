@@ -1,0 +1,15 @@
+"""Tables, figures and JSON of results."""
+
+from emr_training.reporting.figures import accuracy_curves, margin_distributions, training_curves
+from emr_training.reporting.results import environment, write_json
+from emr_training.reporting.tables import evaluation_table, metrics_line
+
+__all__ = [
+    "accuracy_curves",
+    "environment",
+    "evaluation_table",
+    "margin_distributions",
+    "metrics_line",
+    "training_curves",
+    "write_json",
+]
