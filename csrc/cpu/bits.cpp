@@ -1,0 +1,28 @@
+// pack_bits on the CPU.
+#include <bit>
+#include <cstring>
+
+#include "layout.h"
+
+namespace emr::cpu {
+
+Tensor pack_bits(const Tensor& mask) {
+  STD_TORCH_CHECK(mask.scalar_type() == ScalarType::Bool, "expected a bool tensor");
+  channels_last_order(mask);
+  const int64_t numel = mask.numel();
+  Tensor bits = torch::stable::new_empty(mask, {(numel + 7) / 8}, ScalarType::Byte);
+  const auto* source = static_cast<const uint8_t*>(mask.const_data_ptr());
+  auto* target = static_cast<uint8_t*>(bits.mutable_data_ptr());
+  over_blocks(numel, [=](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i += 8) {
+      uint64_t eight = 0;
+      std::memcpy(&eight, source + i, static_cast<size_t>(std::min<int64_t>(8, end - i)));
+      static_assert(std::endian::native == std::endian::little);
+      // Moves bit 0 of byte k to bit 56 + k; no two partial products meet.
+      target[i >> 3] = static_cast<uint8_t>((eight * 0x0102040810204080ull) >> 56);
+    }
+  });
+  return bits;
+}
+
+}  // namespace emr::cpu

@@ -1,0 +1,33 @@
+// The kernels compiled for AVX2 and F16C.
+#include "kernels.h"
+
+#if EMR_X86
+#include <immintrin.h>
+
+// A pragma, not a compiler flag: functions of the headers above stay callable on every processor.
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,f16c"))), apply_to = function)
+#else
+#pragma GCC target("avx2,f16c")
+#endif
+
+#define EMR_VECTOR_BYTES 32
+#define EMR_INLINE_MEMBER inline __attribute__((always_inline))
+
+namespace emr {
+namespace avx2 {
+
+#include "vectors.inc"
+
+#include "kernels.inc"
+
+}  // namespace avx2
+
+const Kernels& kernels_avx2(Dtype dtype) { return avx2::table(dtype); }
+
+}  // namespace emr
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

@@ -1,0 +1,33 @@
+// The kernels compiled for AVX-512 F, BW, DQ and VL.
+#include "kernels.h"
+
+#if EMR_X86
+#include <immintrin.h>
+
+// A pragma, not a compiler flag: functions of the headers above stay callable on every processor.
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,f16c,avx512f,avx512bw,avx512dq,avx512vl"))), apply_to = function)
+#else
+#pragma GCC target("avx2,f16c,avx512f,avx512bw,avx512dq,avx512vl")
+#endif
+
+#define EMR_VECTOR_BYTES 64
+#define EMR_INLINE_MEMBER inline __attribute__((always_inline))
+
+namespace emr {
+namespace avx512 {
+
+#include "vectors.inc"
+
+#include "kernels.inc"
+
+}  // namespace avx512
+
+const Kernels& kernels_avx512(Dtype dtype) { return avx512::table(dtype); }
+
+}  // namespace emr
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

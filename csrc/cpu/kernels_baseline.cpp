@@ -1,0 +1,32 @@
+// The kernels compiled for what every processor of the architecture has (SSE2 on x86-64).
+#include "kernels.h"
+
+#include <torch/headeronly/util/Half.h>
+
+#if EMR_X86
+#include <immintrin.h>
+#endif
+
+#define EMR_VECTOR_BYTES 16
+#define EMR_INLINE_MEMBER inline __attribute__((always_inline))
+
+namespace emr {
+namespace baseline {
+
+// Not inlined: a conversion is long, and a unit holds sixteen.
+__attribute__((noinline)) static float half_to_float(uint16_t bits) {
+  return c10::detail::fp16_ieee_to_fp32_value(bits);
+}
+__attribute__((noinline)) static uint16_t float_to_half(float value) {
+  return c10::detail::fp16_ieee_from_fp32_value(value);
+}
+
+#include "vectors.inc"
+
+#include "kernels.inc"
+
+}  // namespace baseline
+
+const Kernels& kernels_baseline(Dtype dtype) { return baseline::table(dtype); }
+
+}  // namespace emr
