@@ -1,0 +1,102 @@
+"""Chooses, for one model and one input, between the linearized program and double backward."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from emr_kernels.checks import check_logits
+from emr_kernels.fallback import squared_norms
+from emr_kernels.function import PenaltyFunction, Request, evaluate
+from emr_kernels.linearize.cache import find_program
+from emr_kernels.linearize.export import UnsupportedModelError
+from emr_kernels.linearize.program import Program
+from emr_kernels.linearize.verify import untouched_forward
+from emr_kernels.linearize.wrappers import evaluation_mode
+from emr_kernels.options import PenaltyOptions
+
+
+@dataclass
+class Engine:
+    """How the penalty of one model is computed.
+
+    Attributes:
+        program: the linearized classifier, or None for double backward.
+        reason: why there is no program.
+        num_classes: C.
+    """
+
+    program: Program | None
+    reason: str | None
+    num_classes: int
+
+    def penalty(
+        self,
+        model: nn.Module,
+        x: torch.Tensor,
+        y: torch.Tensor | None,
+        options: PenaltyOptions,
+        factor: float | None,
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """factor · Σ_i r_i (or r `[N]` for None), and per-sample norms by layer.
+
+        `model` is the unwrapped module.
+        """
+        if self.program is None:
+            squares, norms = squared_norms(model, x, y, options)
+            return (squares if factor is None else squares.sum() * factor), norms
+        values = self.program.bind(model, x.shape[0])
+        leaves = self.program.leaves(values)
+        request = Request(self.program, values, options, y, factor)
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *leaves)):
+            value = PenaltyFunction.apply(request, x, *leaves)
+        else:
+            squares = evaluate(request, x)
+            value = squares if factor is None else squares.sum() * factor
+        return value, request.norms
+
+
+def find_engine(model: nn.Module, x: torch.Tensor, layers: tuple[str, ...]) -> Engine:
+    """The engine for this model and this kind of input; exports the model if that has not happened yet.
+
+    Args:
+        model: the unwrapped module.
+
+    Raises:
+        TypeError, ValueError: if the model cannot process x at all, or does not return logits `[N, C]`.
+    """
+    try:
+        program = find_program(model, x, layers)
+    except UnsupportedModelError as error:
+        return Engine(None, str(error), _probe(model, x))
+    return Engine(program, None, program.graph.num_classes)
+
+
+def warn_fallback(reason: str | None) -> None:
+    """Say once, to the user's own line, that the slow way is taken and why."""
+    warnings.warn(
+        f"the effective weight penalty falls back to double backward: {reason}. "
+        "Results are exact, but slower and larger in memory.",
+        RuntimeWarning,
+        stacklevel=4,
+    )
+
+
+def _probe(model: nn.Module, x: torch.Tensor) -> int:
+    """C, from a forward of up to two samples that leaves no trace."""
+    few = x[:2].detach()
+    devices = [few.device] if few.device.type == "cuda" else []
+    with torch.no_grad(), evaluation_mode(model), torch.random.fork_rng(devices=devices):
+        try:
+            logits = untouched_forward(model, few)
+        except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as error:
+            message = str(error).strip().splitlines()
+            raise ValueError(
+                f"x has shape {tuple(x.shape)}, which the model cannot process "
+                f"({type(error).__name__}: {message[0] if message else ''}); expected a batch that model(x) accepts"
+            ) from error
+    check_logits(logits, few.shape[0])
+    return logits.shape[1]

@@ -1,0 +1,214 @@
+"""The penalty as one `torch.autograd.Function`: its gradient is computed by linear passes, never twice backward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from emr_kernels.directions import seeds
+from emr_kernels.linearize.program import Point, Program
+from emr_kernels.options import PenaltyOptions
+
+
+@dataclass
+class Request:
+    """One evaluation of the penalty, and what it leaves behind beside its value.
+
+    Attributes:
+        program: the exported classifier.
+        values: from `program.bind`; used up by the forward.
+        y: class indices `[N]`, where the direction needs them.
+        factor: what multiplies the sum of the squared norms; None leaves them unreduced.
+        norms: per-sample effective weight norms `[N]` by layer, for the caller.
+    """
+
+    program: Program
+    values: list[Any]
+    options: PenaltyOptions
+    y: torch.Tensor | None
+    factor: float | None
+    norms: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+class _Pass:
+    """The vjp pass of one class mix."""
+
+    def __init__(self, weights: list[torch.Tensor | None], kept: list[Any]) -> None:
+        self.weights = weights
+        self.kept = kept
+
+
+def _square_norms(weights: Sequence[torch.Tensor | None], like: torch.Tensor) -> torch.Tensor:
+    """Per-sample ‖·‖² of each tensor: `[layers, N]`, in float32 (float64 for float64)."""
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    batch = like.shape[0]
+    rows = [
+        torch.zeros(batch, dtype=dtype, device=like.device)
+        if weight is None
+        else torch.linalg.vector_norm(weight.reshape(batch, -1), dim=1, dtype=dtype).square()
+        for weight in weights
+    ]
+    return torch.stack(rows)
+
+
+def evaluate(request: Request, x: torch.Tensor) -> torch.Tensor:
+    """Per-sample ‖w‖², summed over layers and class mixes, without any gradient: `[N]`."""
+    program = request.program
+    point = program.forward(request.values, x, program.plan((False,) * len(program.graph.leaves)))
+    total: torch.Tensor | None = None
+    for seed in _seeds(request, point):
+        weights, _ = program.vjp(point, seed, keep=False)
+        squares = _square_norms(weights, point.logits)
+        total = squares if total is None else total + squares
+    assert total is not None
+    return _report(request, total)
+
+
+def _seeds(request: Request, point: Point) -> Any:
+    options = request.options
+    return seeds(point.logits, request.y, options.direction, options.temperature, options.center)
+
+
+def _report(request: Request, squares: torch.Tensor) -> torch.Tensor:
+    request.norms.update(zip(request.options.layers, squares.sqrt(), strict=True))
+    return squares.sum(0)
+
+
+class PenaltyFunction(torch.autograd.Function):
+    """x, leaves -> the sum of squared norms times the request's factor, or `[N]` squared norms without one.
+
+    With a scalar result the gradient is computed in the forward already: nothing but gradients outlives the call.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, request: Request, x: torch.Tensor, *leaves: torch.Tensor) -> torch.Tensor:
+        program, factor = request.program, request.factor
+        wanted = tuple(ctx.needs_input_grad[2:])
+        wants_x = bool(ctx.needs_input_grad[1])
+        point = program.forward(request.values, x, program.plan(wanted))
+        request.values = []
+        sink = _Sink(program, point, leaves, x if wants_x else None)
+        deferred: list[_Pass] = []
+        total: torch.Tensor | None = None
+        for seed in _seeds(request, point):
+            weights, kept = program.vjp(point, seed, keep=True)
+            squares = _square_norms(weights, point.logits)
+            total = squares if total is None else total + squares
+            if factor is None:
+                deferred.append(_Pass(weights, kept))
+            else:
+                sink.add(weights, kept, squares)
+        assert total is not None
+        squared = _report(request, total)
+        if factor is None:
+            ctx.deferred = (sink, deferred)
+            return squared
+        ctx.deferred = None
+        ctx.save_for_backward(*sink.gradients(2 * factor))
+        return squared.sum() * factor
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Any) -> Any:
+        (cotangent,) = cotangents
+        if ctx.deferred is None:
+            grads = [None if g is None else g * cotangent.to(g.dtype) for g in ctx.saved_tensors]
+        else:
+            sink, passes = ctx.deferred
+            sink.clear()
+            for one in passes:
+                squares = _square_norms(one.weights, cotangent)
+                sink.add(one.weights, list(one.kept), squares, cotangent)
+            grads = sink.gradients(2.0)
+        if torch.is_grad_enabled():
+            grads = _differentiable_once(grads)
+        return (None, *grads)
+
+
+class _Sink:
+    """Adds up 2·∂⟨u, w⟩/∂θ over class mixes, with tangents scaled to order one.
+
+    In float16 the factor 1/N² of the paper's reduction would push every product below the smallest number; so the
+    tangent is divided by the largest norm in the batch, and the factor comes back in float32.
+    """
+
+    def __init__(
+        self, program: Program, point: Point, leaves: Sequence[torch.Tensor], x: torch.Tensor | None
+    ) -> None:
+        self.program = program
+        self.point = point
+        self.leaves = leaves
+        self.x = x
+        self.sums: list[torch.Tensor | None] = []
+        self.clear()
+
+    def clear(self) -> None:
+        self.sums = [None] * (len(self.leaves) + 1)
+
+    def add(
+        self,
+        weights: list[torch.Tensor | None],
+        kept: list[Any],
+        squares: torch.Tensor,
+        factors: torch.Tensor | None = None,
+    ) -> None:
+        """One class mix's contribution; `factors` `[N]` weigh the samples."""
+        largest = squares.max().sqrt()
+        largest = torch.where(largest > 0, largest, 1.0)
+        tangents = [None if w is None else self._tangent(w, largest, factors) for w in weights]
+        del weights
+        grads, x_grad = self.program.pull_back(self.point, kept, tangents, self.x is not None)
+        for place, grad in enumerate([x_grad, *grads]):
+            if grad is None:
+                continue
+            wide = grad.to(torch.promote_types(grad.dtype, torch.float32))
+            held = self.sums[place]
+            self.sums[place] = wide * largest if held is None else torch.addcmul(held, wide, largest)
+
+    def _tangent(
+        self, weight: torch.Tensor, largest: torch.Tensor, factors: torch.Tensor | None
+    ) -> torch.Tensor:
+        wide = weight.to(largest.dtype) / largest
+        if factors is not None:
+            wide = wide * factors.to(wide.dtype).view(-1, *[1] * (wide.dim() - 1))
+        return wide.to(weight.dtype)
+
+    def gradients(self, factor: float) -> list[torch.Tensor | None]:
+        """For x and each leaf: factor times the sum, in the tensor's own dtype."""
+        targets = [self.x, *self.leaves]
+        out: list[torch.Tensor | None] = []
+        for total, target in zip(self.sums, targets, strict=True):
+            if total is not None and target is not None:
+                out.append((total * factor).to(target.dtype).view(target.shape))
+            elif target is self.x and target is not None:
+                out.append(torch.zeros_like(target))
+            else:
+                out.append(None)
+        return out
+
+
+class _DifferentiatedOnce(torch.autograd.Function):
+    """The identity, with a backward that refuses."""
+
+    @staticmethod
+    def forward(ctx: Any, arm: torch.Tensor, *grads: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(grad.view_as(grad) for grad in grads)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Any) -> Any:
+        raise RuntimeError(
+            "the gradient of the effective weight penalty was differentiated again; it has no second derivative here. "
+            "Use double backward on the model itself for that."
+        )
+
+
+def _differentiable_once(grads: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
+    """Under `create_graph=True`, gradients that raise when differentiated, instead of passing for constants."""
+    present = [g for g in grads if g is not None]
+    if not present:
+        return grads
+    arm = torch.zeros((), requires_grad=True)
+    guarded = iter(_DifferentiatedOnce.apply(arm, *present))
+    return [None if g is None else next(guarded) for g in grads]

@@ -1,0 +1,356 @@
+"""The passes of the engine over one exported graph.
+
+With s = Σ_i seed_i · f(x_i), h_l the value of a tap (the input x, or the input of a layer) and δ the cotangents:
+
+    forward     x -> logits, and a residual for each call
+    vjp         seed -> ∂s/∂h_l at every tap
+    pull_back   tangents u_l at the taps -> ∂/∂θ and ∂/∂x of Σ_l ⟨u_l, ∂s/∂h_l⟩, the u_l and the seed held constant
+
+`pull_back` walks forward once (tangents, parameter gradients) and, only where a curved operator left something to
+carry, backward once (`adjoint`). There is no double backward in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from emr_kernels.linearize.fusion import fuse
+from emr_kernels.linearize.graph import Binding, Graph, resolve
+from emr_kernels.linearize.rules import GenericRule, Rule
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What each call has to do, given which leaves' gradients are wanted. Lists run parallel to the calls."""
+
+    wanted: list[tuple[bool, ...]]
+    needs_primal: list[bool]
+    keeps_cotangent: list[bool]
+    needs_tangent: list[bool]
+    first_wanted: int
+
+
+class Point:
+    """The linear map at one input: what the forward left for the other passes."""
+
+    def __init__(self, plan: Plan, size: int, calls: int) -> None:
+        self.plan = plan
+        self.residuals: list[Any] = [None] * calls
+        self.dtypes: list[Any] = [None] * size
+        self.operand_dtypes: list[torch.dtype | None] = [None] * calls
+        self.device_type = "cpu"
+        self.logits = torch.empty(0)
+
+
+class Program:
+    """One graph, with its rules; stateless, so that one program serves many calls at once.
+
+    Args:
+        graph: the exported forward.
+        taps: values at which cotangents are taken and tangents put in; `graph.input` for x itself.
+    """
+
+    def __init__(self, graph: Graph, taps: Sequence[int]) -> None:
+        self.graph = graph
+        self.taps = tuple(taps)
+        self.rules: list[Rule] = fuse(graph.body, {*taps, graph.output})
+        self.is_active = [bool(rule.node.active or rule.node.weights) for rule in self.rules]
+        self._leaf_place = {leaf: place for place, leaf in enumerate(graph.leaves)}
+        self._releases = self._last_uses()
+        self._tapped = self._downstream_of_taps()
+        self._plans: dict[tuple[bool, ...], Plan] = {}
+        self._paths = [(binding, binding.name.split(".")) for binding in graph.bindings]
+        self.image_like = any("conv2d" in str(rule.node.target) for rule in self.rules)
+
+    def _last_uses(self) -> list[list[int]]:
+        """For each call, the values that nothing reads after it."""
+        last: dict[int, int] = {}
+        for place, rule in enumerate(self.rules):
+            for ref in rule.node.refs():
+                last[ref] = place
+        fixed = {binding.index for binding in self.graph.bindings} | {self.graph.output}
+        releases: list[list[int]] = [[] for _ in self.rules]
+        for ref, place in last.items():
+            if ref not in fixed:
+                releases[place].append(ref)
+        return releases
+
+    def _downstream_of_taps(self) -> set[int]:
+        tapped = set(self.taps)
+        for rule in self.rules:
+            if any(ref in tapped for ref in rule.node.active):
+                tapped.add(rule.node.index)
+        return tapped
+
+    def plan(self, wanted: tuple[bool, ...]) -> Plan:
+        """The plan for these wanted leaves (parallel to `graph.leaves`)."""
+        if wanted not in self._plans:
+            self._plans[wanted] = self._make_plan(wanted)
+        return self._plans[wanted]
+
+    def _make_plan(self, wanted: tuple[bool, ...]) -> Plan:
+        masks = [tuple(wanted[self._leaf_place[ref]] for ref in rule.node.weights) for rule in self.rules]
+        anything = any(wanted)
+        bends: set[int] = set()  # values with a curved call downstream
+        carries: set[int] = set()  # values whose tangent some call reads
+        needs_primal, keeps, tangent = [], [], []
+        for rule, mask in zip(reversed(self.rules), reversed(masks), strict=True):
+            index = rule.node.index
+            active = any(ref in self._tapped for ref in rule.node.active)
+            keeps.append(active and (rule.curved or any(mask)))
+            needs_primal.append(index in bends and any(mask))
+            tangent.append(index in carries)
+            if rule.curved and active or index in bends:
+                bends.update(rule.node.active)
+            if keeps[-1] or index in carries:
+                carries.update(rule.node.active)
+        if not anything and not bends:
+            keeps = [False] * len(keeps)
+        first = next((place for place, mask in enumerate(masks) if any(mask)), len(masks))
+        return Plan(masks, needs_primal[::-1], keeps[::-1], tangent[::-1], first)
+
+    def bind(self, model: nn.Module, batch: int) -> list[Any]:
+        """Values of everything that does not depend on the data of x, from the live model.
+
+        Runs under the caller's grad mode, so that a tensor computed from parameters alone (weight_norm) pulls its
+        gradient back to them.
+        """
+        values: list[Any] = [None] * self.graph.size
+        for binding, path in self._paths:
+            values[binding.index] = _look_up(model, binding, path)
+        for index, extent in self.graph.extents.items():
+            values[index] = extent(batch)
+        for node in self.graph.prologue:
+            values[node.index] = node.call(*resolve(node.args, values))
+        return values
+
+    def leaves(self, values: list[Any]) -> list[torch.Tensor]:
+        """The tensors, among those of `bind`, that gradients are taken for."""
+        return [values[leaf] for leaf in self.graph.leaves]
+
+    def forward(self, values: list[Any], x: torch.Tensor, plan: Plan) -> Point:
+        """Run the classifier and keep what its derivatives need.
+
+        Args:
+            values: from `bind`; used up by the call.
+            x: `[N, ...]`.
+            plan: which leaves' gradients will be asked for.
+        """
+        graph = self.graph
+        point = Point(plan, graph.size, len(self.rules))
+        point.device_type = device = x.device.type
+        enabled, low = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+        x = self._laid_out(x.detach())
+        values[graph.input] = x
+        point.dtypes[graph.input] = x.dtype
+        with torch.no_grad(), torch.autocast(device, enabled=False):
+            for place, rule in enumerate(self.rules):
+                node = rule.node
+                args = resolve(node.args, values)
+                if enabled and rule.matmul:
+                    args = tuple(_cast(arg, low) for arg in args)
+                    point.operand_dtypes[place] = low
+                if not self.is_active[place] or isinstance(rule, GenericRule):
+                    with torch.autocast(device, dtype=low, enabled=enabled):
+                        if self.is_active[place]:
+                            output, point.residuals[place] = rule.forward(args, plan.needs_primal[place])
+                        else:
+                            output = node.call(*args)
+                else:
+                    output, point.residuals[place] = rule.forward(args, plan.needs_primal[place])
+                values[node.index] = output
+                point.dtypes[node.index] = _dtype(output)
+                for ref in self._releases[place]:
+                    values[ref] = None
+        point.logits = values[graph.output]
+        return point
+
+    def _laid_out(self, x: torch.Tensor) -> torch.Tensor:
+        """x in the memory format that the convolution library is fastest in."""
+        fast = x.device.type == "cpu" and x.dtype is not torch.float64
+        if self.image_like and x.dim() == 4 and fast:
+            return x.contiguous(memory_format=torch.channels_last)
+        return x
+
+    def vjp(
+        self, point: Point, seed: torch.Tensor, keep: bool
+    ) -> tuple[list[torch.Tensor | None], list[Any]]:
+        """∂(Σ seed · logits)/∂(tap) for every tap.
+
+        Args:
+            seed: `[N, C]`.
+            keep: whether the cotangents that `pull_back` needs are kept.
+
+        Returns:
+            The cotangents of the taps (None where the logits do not depend on one), and the kept ones by call.
+        """
+        plan = point.plan
+        kept: list[Any] = [None] * len(self.rules)
+        cotangents: list[Any] = [None] * self.graph.size
+        cotangents[self.graph.output] = seed.to(point.logits.dtype)
+        at_taps: dict[int, torch.Tensor] = {}
+        with torch.no_grad(), torch.autocast(point.device_type, enabled=False):
+            for place in range(len(self.rules) - 1, -1, -1):
+                rule = self.rules[place]
+                index = rule.node.index
+                cotangent = cotangents[index]
+                if cotangent is None or index not in self._tapped:
+                    continue
+                cotangents[index] = None
+                if index in self.taps:
+                    at_taps[index] = cotangent
+                if keep and plan.keeps_cotangent[place]:
+                    kept[place] = cotangent
+                if not any(ref in self._tapped for ref in rule.node.active):
+                    continue
+                grads = rule.vjp(point.residuals[place], cotangent)
+                for ref, grad in zip(rule.node.active, grads, strict=True):
+                    if grad is not None and ref in self._tapped:
+                        cotangents[ref] = _add(cotangents[ref], grad, point.dtypes[ref], rule.fresh)
+        if self.graph.input in self.taps and cotangents[self.graph.input] is not None:
+            at_taps[self.graph.input] = cotangents[self.graph.input]
+        return [at_taps.get(tap) for tap in self.taps], kept
+
+    def jvp(self, point: Point, tangents: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+        """The logits' tangent for these tangents of the taps; None for zero."""
+        flow = self._injected(point, tangents)
+        with torch.no_grad(), torch.autocast(point.device_type, enabled=False):
+            for place, rule in enumerate(self.rules):
+                given = self._operands(point, place, flow)
+                if any(t is not None for t in given):
+                    out = rule.jvp(point.residuals[place], given)
+                    index = rule.node.index
+                    if out is None:
+                        continue
+                    flow[index] = _add(flow[index], out, point.dtypes[index], False)
+        return flow[self.graph.output]
+
+    def _injected(self, point: Point, tangents: Sequence[torch.Tensor | None]) -> list[Any]:
+        flow: list[Any] = [None] * self.graph.size
+        for tap, tangent in zip(self.taps, tangents, strict=True):
+            if tangent is not None:
+                laid_out = self._laid_out(tangent) if tap == self.graph.input else tangent
+                flow[tap] = laid_out.to(point.dtypes[tap])
+        return flow
+
+    def _operands(self, point: Point, place: int, flow: list[Any]) -> tuple[Any, ...]:
+        tangents = tuple(flow[ref] for ref in self.rules[place].node.active)
+        dtype = point.operand_dtypes[place]
+        return tangents if dtype is None else tuple(_cast(t, dtype) for t in tangents)
+
+    def pull_back(
+        self, point: Point, kept: list[Any], tangents: Sequence[torch.Tensor | None], wants_input: bool
+    ) -> tuple[list[torch.Tensor | None], torch.Tensor | None]:
+        """Derivatives of Σ_tap ⟨tangent, ∂s/∂tap⟩ with tangents and seed held constant.
+
+        Args:
+            kept: the cotangents from `vjp(..., keep=True)`; each is let go of as soon as it is used.
+            tangents: one for each tap.
+            wants_input: whether the derivative in x is asked for.
+
+        Returns:
+            A gradient for each of `graph.leaves` (None where it is zero or not wanted), and one for x.
+        """
+        plan = point.plan
+        grads: list[torch.Tensor | None] = [None] * len(self.graph.leaves)
+        flow = self._injected(point, tangents)
+        adjoints: list[Any] = [None] * self.graph.size
+        with torch.no_grad(), torch.autocast(point.device_type, enabled=False):
+            for place, rule in enumerate(self.rules):
+                node = rule.node
+                given = self._operands(point, place, flow)
+                cotangent, kept[place] = kept[place], None
+                moving = any(t is not None for t in given)
+                if moving and cotangent is not None:
+                    result = rule.second_order(
+                        point.residuals[place], cotangent, given, plan.wanted[place], plan.needs_tangent[place]
+                    )
+                    out = result.tangent
+                    self._collect(grads, place, result.param_grads)
+                    for ref, term in zip(node.active, result.adjoint, strict=True):
+                        if term is not None:
+                            adjoints[ref] = _add(adjoints[ref], term, point.dtypes[ref], False)
+                elif moving and plan.needs_tangent[place]:
+                    out = rule.jvp(point.residuals[place], given)
+                else:
+                    out = None
+                if out is not None:
+                    flow[node.index] = _add(flow[node.index], out, point.dtypes[node.index], False)
+                for ref in self._releases[place]:
+                    flow[ref] = None
+            del flow
+            if any(a is not None for a in adjoints):
+                self._carry_back(point, adjoints, grads, wants_input)
+        return grads, adjoints[self.graph.input]
+
+    def _carry_back(
+        self, point: Point, adjoints: list[Any], grads: list[torch.Tensor | None], wants_input: bool
+    ) -> None:
+        """An ordinary backward pass for what the curved operators left."""
+        for place in range(len(self.rules) - 1, -1, -1):
+            rule = self.rules[place]
+            adjoint, adjoints[rule.node.index] = adjoints[rule.node.index], None
+            if adjoint is None:
+                continue
+            wanted = point.plan.wanted[place]
+            if any(wanted):
+                self._collect(grads, place, rule.param_vjp(point.residuals[place], adjoint, wanted))
+            if not rule.node.active or (not wants_input and place <= point.plan.first_wanted):
+                continue
+            terms = rule.vjp(point.residuals[place], adjoint)
+            for ref, term in zip(rule.node.active, terms, strict=True):
+                if term is not None:
+                    adjoints[ref] = _add(adjoints[ref], term, point.dtypes[ref], rule.fresh)
+
+    def _collect(
+        self, grads: list[torch.Tensor | None], place: int, found: Sequence[torch.Tensor | None]
+    ) -> None:
+        for ref, grad in zip(self.rules[place].node.weights, found, strict=True):
+            if grad is not None:
+                leaf = self._leaf_place[ref]
+                held = grads[leaf]
+                grads[leaf] = grad if held is None else held + grad
+
+
+def _look_up(model: nn.Module, binding: Binding, path: list[str]) -> torch.Tensor:
+    value: Any = model
+    for part in path:
+        value = getattr(value, part, None)
+    if isinstance(value, torch.Tensor):
+        return value
+    if binding.constant is None:
+        raise AttributeError(f"the model no longer has {binding.name!r}; call refresh() after changing its structure")
+    return binding.constant
+
+
+def _dtype(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.dtype
+    return tuple(_dtype(v) for v in value) if isinstance(value, (tuple, list)) else None
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, torch.Tensor) and value.is_floating_point() and value.dtype != dtype:
+        return value.to(dtype)
+    return value
+
+
+def _add(held: Any, new: Any, dtype: Any, fresh: bool) -> Any:
+    """held + new in the value's dtype; for operators with several outputs, output by output."""
+    if isinstance(new, (tuple, list)):
+        olds = held or (None,) * len(new)
+        dtypes = dtype if isinstance(dtype, tuple) else (dtype,) * len(new)
+        return tuple(
+            old if part is None else _add(old, part, kind, False)
+            for old, part, kind in zip(olds, new, dtypes, strict=True)
+        )
+    if new.dtype != dtype:
+        new = new.to(dtype)
+    if held is None:
+        return new
+    return new.add_(held) if fresh else held + new

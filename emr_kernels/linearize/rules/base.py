@@ -1,0 +1,116 @@
+"""What a rule is, and the table of rules.
+
+With z = F(a, θ) for one operator call, J its Jacobian in the activations a, δ the cotangent of z in the vjp pass and
+u the tangent of a in the jvp pass, a rule answers:
+
+    forward        z, and a residual: whatever the other verbs need
+    vjp            δ -> Jᵀδ
+    jvp            u -> Ju
+    param_grads    ∂⟨δ, J(a, θ) u⟩/∂θ
+    adjoint        ∂⟨δ, J(a, θ) u⟩/∂a, for operators whose J depends on a (`curved`)
+    param_vjp      ā -> (∂F/∂θ)ᵀ ā, needed only upstream of a curved operator
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, NamedTuple, TypeVar
+
+import torch
+
+from emr_kernels.linearize.graph import Node
+
+Tensors = tuple[torch.Tensor | None, ...]
+
+
+class SecondOrder(NamedTuple):
+    """What one call contributes to the jvp pass: its tangent, and the derivatives of ⟨δ, J u⟩."""
+
+    tangent: Any
+    param_grads: Tensors
+    adjoint: Tensors
+
+
+class Rule:
+    """The derivative of one operator call.
+
+    A tuple over activations has one entry for each of `node.active`, a tuple over parameters one for each of
+    `node.weights`; None stands for zero. At least one tangent given to a verb is not None.
+    """
+
+    curved: ClassVar[bool] = False
+    """Whether J depends on the activations."""
+    matmul: ClassVar[bool] = False
+    """Whether autocast runs the operator in its low-precision dtype."""
+    fresh: ClassVar[bool] = False
+    """Whether what `vjp` returns is new memory, that the caller may add into."""
+
+    def __init__(self, node: Node) -> None:
+        self.node = node
+
+    @classmethod
+    def accepts(cls, node: Node) -> bool:
+        """Whether this rule can serve the call; if not, the generic rule does."""
+        return len(node.active) == 1 and not node.weights
+
+    def forward(self, args: tuple[Any, ...], primal: bool) -> tuple[Any, Any]:
+        """The output and the residual; `primal` asks for what `param_vjp` needs, too."""
+        raise NotImplementedError
+
+    def vjp(self, residual: Any, cotangent: Any) -> Tensors:
+        """Jᵀδ for each activation."""
+        raise NotImplementedError
+
+    def jvp(self, residual: Any, tangents: Tensors) -> Any:
+        """Ju."""
+        raise NotImplementedError
+
+    def param_grads(self, residual: Any, cotangent: Any, tangents: Tensors, wanted: Sequence[bool]) -> Tensors:
+        """∂⟨δ, J u⟩/∂θ for each wanted parameter."""
+        return (None,) * len(wanted)
+
+    def adjoint(self, residual: Any, cotangent: Any, tangents: Tensors) -> Tensors:
+        """∂⟨δ, J u⟩/∂a for each activation."""
+        return (None,) * len(self.node.active)
+
+    def param_vjp(self, residual: Any, cotangent: Any, wanted: Sequence[bool]) -> Tensors:
+        """(∂F/∂θ)ᵀā for each wanted parameter."""
+        return (None,) * len(wanted)
+
+    def second_order(
+        self, residual: Any, cotangent: Any, tangents: Tensors, wanted: Sequence[bool], needs_tangent: bool
+    ) -> SecondOrder:
+        """Everything the jvp pass asks of one call."""
+        grads = (
+            self.param_grads(residual, cotangent, tangents, wanted) if any(wanted) else (None,) * len(wanted)
+        )
+        adjoint = self.adjoint(residual, cotangent, tangents) if self.curved else (None,) * len(tangents)
+        return SecondOrder(self.jvp(residual, tangents) if needs_tangent else None, grads, adjoint)
+
+
+_TABLE: dict[Callable[..., Any], list[type[Rule]]] = {}
+RuleType = TypeVar("RuleType", bound=type[Rule])
+
+
+def rule_for(*targets: Callable[..., Any]) -> Callable[[RuleType], RuleType]:
+    """Class decorator: this rule serves these operators."""
+
+    def register(rule: RuleType) -> RuleType:
+        for target in targets:
+            _TABLE.setdefault(target, []).append(rule)
+        return rule
+
+    return register
+
+
+def lookup(node: Node) -> type[Rule] | None:
+    """The first registered rule that accepts the call."""
+    if node.is_complex and node.target is not operator.getitem:
+        return None
+    return next((rule for rule in _TABLE.get(node.target, ()) if rule.accepts(node)), None)
+
+
+def sum_to(tensor: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """Undo broadcasting: sum `tensor` to `shape`."""
+    return tensor if tensor.shape == torch.Size(shape) else tensor.sum_to_size(shape)

@@ -1,0 +1,188 @@
+"""Convolutions and linear layers: bilinear in weight and activation, so J does not depend on the activation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from emr_kernels.linearize.graph import Node
+from emr_kernels.linearize.rules.base import Rule, Tensors, rule_for
+
+aten = torch.ops.aten
+
+
+class _ConvResidual(NamedTuple):
+    input_like: torch.Tensor
+    weight: torch.Tensor
+    options: tuple[Any, ...]
+    input: torch.Tensor | None
+
+
+def _shape_of(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor of the same shape, strides and dtype that holds no memory of its own kind.
+
+    `convolution_backward` picks its memory format from the strides of its input argument, so an expanded dummy
+    (stride 0) would lose channels_last.
+    """
+    return torch.empty_like(tensor, device="meta")
+
+
+class _BilinearRule(Rule):
+    """Shared by all layers y = W * a + b: `_weight_grad(δ, a)` serves both ⟨δ, W u⟩ and the primal."""
+
+    matmul = True
+    fresh = True
+
+    @classmethod
+    def accepts(cls, node: Node) -> bool:
+        return node.active == (node.args[0].index,) if node.is_active(0) else False
+
+    def _positions(self) -> list[int]:
+        """For each of `node.weights`, 1 for the weight and 2 for the bias."""
+        arguments = {arg.index: place for place, arg in enumerate(self.node.args[:3]) if self.node.is_weight(place)}
+        return [arguments[ref] for ref in self.node.weights]
+
+    def _weight_grad(self, residual: Any, cotangent: torch.Tensor, operand: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+    def param_grads(self, residual: Any, cotangent: Any, tangents: Tensors, wanted: Sequence[bool]) -> Tensors:
+        (tangent,) = tangents
+        assert tangent is not None
+        return tuple(
+            self._weight_grad(residual, cotangent, tangent) if place == 1 and want else None
+            for place, want in zip(self._positions(), wanted, strict=True)
+        )
+
+    def param_vjp(self, residual: Any, cotangent: Any, wanted: Sequence[bool]) -> Tensors:
+        grads: list[torch.Tensor | None] = []
+        for place, want in zip(self._positions(), wanted, strict=True):
+            if not want:
+                grads.append(None)
+            elif place == 1:
+                grads.append(self._weight_grad(residual, cotangent, residual.input))
+            else:
+                grads.append(self._bias_grad(cotangent))
+        return tuple(grads)
+
+    def _bias_grad(self, cotangent: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+
+@rule_for(
+    aten.conv1d.default,
+    aten.conv2d.default,
+    aten.conv3d.default,
+    aten.conv1d.padding,
+    aten.conv2d.padding,
+    aten.conv3d.padding,
+    aten.conv_transpose1d.default,
+    aten.conv_transpose2d.input,
+    aten.conv_transpose3d.input,
+    aten.convolution.default,
+)
+class ConvolutionRule(_BilinearRule):
+    """Every convolution, plain or transposed."""
+
+    def __init__(self, node: Node) -> None:
+        super().__init__(node)
+        self.dims = 0
+
+    def _options(self, weight: torch.Tensor) -> tuple[Any, ...]:
+        """(stride, padding, dilation, transposed, output_padding, groups), each extent written out."""
+        name = self.node.target._schema.name.split("::")[1]  # type: ignore[attr-defined]
+        dims = weight.dim() - 2
+        rest = self.node.args[3:]
+        if name == "convolution":
+            stride, padding, dilation, transposed, output_padding, groups = rest
+        elif name.startswith("conv_transpose"):
+            stride, padding, output_padding, groups, dilation = rest
+            transposed = True
+        else:
+            stride, padding, dilation, groups = rest
+            transposed, output_padding = False, 0
+        dilation = _extents(dilation, dims)
+        if padding == "valid":
+            padding = 0
+        elif padding == "same":
+            total = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
+            padding = [t // 2 for t in total]
+        return (
+            _extents(stride, dims),
+            _extents(padding, dims),
+            dilation,
+            transposed,
+            _extents(output_padding, dims),
+            groups,
+        )
+
+    @classmethod
+    def accepts(cls, node: Node) -> bool:
+        # "same" with an even kernel pads one side more: not a plain convolution, left to the generic rule.
+        if len(node.args) > 4 and node.args[4] == "same":
+            return False
+        return super().accepts(node)
+
+    def forward(self, args: tuple[Any, ...], primal: bool) -> tuple[Any, Any]:
+        input, weight, bias = args[:3]
+        options = self._options(weight)
+        output = aten.convolution.default(input, weight, bias, *options)
+        return output, _ConvResidual(_shape_of(input), weight, options, input if primal else None)
+
+    def vjp(self, residual: _ConvResidual, cotangent: Any) -> Tensors:
+        dummy = torch.empty_like(residual.input_like, device=cotangent.device)
+        grad, _, _ = aten.convolution_backward.default(
+            cotangent, dummy, residual.weight, None, *residual.options, [True, False, False]
+        )
+        return (grad,)
+
+    def jvp(self, residual: _ConvResidual, tangents: Tensors) -> Any:
+        return aten.convolution.default(tangents[0], residual.weight, None, *residual.options)
+
+    def _weight_grad(
+        self, residual: _ConvResidual, cotangent: torch.Tensor, operand: torch.Tensor
+    ) -> torch.Tensor:
+        grad: torch.Tensor = aten.convolution_backward.default(
+            cotangent, operand, residual.weight, None, *residual.options, [False, True, False]
+        )[1]
+        return grad
+
+    def _bias_grad(self, cotangent: torch.Tensor) -> torch.Tensor:
+        return cotangent.sum((0, *range(2, cotangent.dim())))
+
+
+class _LinearResidual(NamedTuple):
+    weight: torch.Tensor
+    input: torch.Tensor | None
+
+
+@rule_for(aten.linear.default)
+class LinearRule(_BilinearRule):
+    """y = a Wᵀ + b over the last extent."""
+
+    def forward(self, args: tuple[Any, ...], primal: bool) -> tuple[Any, Any]:
+        input, weight, bias = args
+        return F.linear(input, weight, bias), _LinearResidual(weight, input if primal else None)
+
+    def vjp(self, residual: _LinearResidual, cotangent: Any) -> Tensors:
+        return (cotangent @ residual.weight,)
+
+    def jvp(self, residual: _LinearResidual, tangents: Tensors) -> Any:
+        assert tangents[0] is not None
+        return F.linear(tangents[0], residual.weight)
+
+    def _weight_grad(
+        self, residual: _LinearResidual, cotangent: torch.Tensor, operand: torch.Tensor
+    ) -> torch.Tensor:
+        return cotangent.flatten(0, -2).T @ operand.flatten(0, -2)
+
+    def _bias_grad(self, cotangent: torch.Tensor) -> torch.Tensor:
+        return cotangent.flatten(0, -2).sum(0)
+
+
+def _extents(value: Any, dims: int) -> list[int]:
+    if isinstance(value, int):
+        return [value] * dims
+    return list(value) * dims if len(value) == 1 else list(value)

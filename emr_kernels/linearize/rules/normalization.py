@@ -1,0 +1,215 @@
+"""BatchNorm with evaluation statistics: one scale and one shift for each channel."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from emr_kernels import ops
+from emr_kernels.linearize.graph import Node
+from emr_kernels.linearize.rules.base import Rule, SecondOrder, Tensors, rule_for
+
+aten = torch.ops.aten
+
+
+class Affine(NamedTuple):
+    """y = scale * a + shift with scale = γ/σ, shift = β − scale * mean; all [C]."""
+
+    scale: torch.Tensor
+    shift: torch.Tensor
+    mean: torch.Tensor
+    inverse_std: torch.Tensor
+
+    @classmethod
+    def of(
+        cls,
+        weight: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        mean: torch.Tensor,
+        variance: torch.Tensor,
+        eps: float,
+    ) -> Affine:
+        """From BatchNorm's parameters and running statistics."""
+        inverse_std = torch.rsqrt(variance + eps)
+        scale = inverse_std if weight is None else weight * inverse_std
+        shift = -mean * scale if bias is None else torch.addcmul(bias, mean, scale, value=-1)
+        return cls(scale, shift, mean, inverse_std)
+
+
+class BatchNormCall(NamedTuple):
+    """Where a BatchNorm operator keeps its arguments; None where it uses the batch's own statistics."""
+
+    weight: int
+    bias: int
+    mean: int
+    variance: int
+    eps: int
+
+    @classmethod
+    def of(cls, node: Node) -> BatchNormCall | None:
+        """The places for a node with evaluation statistics that depend on neither x nor a leaf."""
+        if node.target is aten.batch_norm.default:
+            if node.args[5] is not False or node.args[3] is None:
+                return None
+            call = cls(1, 2, 3, 4, 7)
+        elif node.target is aten._native_batch_norm_legit_no_training.default:
+            call = cls(1, 2, 3, 4, 6)
+        else:
+            return None
+        return call if node.is_active(0) and len(node.active) == 1 else None
+
+    def affine(self, args: tuple[Any, ...]) -> Affine:
+        """The map of these argument values."""
+        return Affine.of(args[self.weight], args[self.bias], args[self.mean], args[self.variance], args[self.eps])
+
+
+def channelwise(vector: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """[C] to a shape that broadcasts over `like` [N, C, ...], in its dtype."""
+    return vector.to(like.dtype).view(1, -1, *[1] * (like.dim() - 2))
+
+
+def channel_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum over everything but the channels, at least in float32."""
+    dtype = torch.promote_types(tensor.dtype, torch.float32)
+    return tensor.sum((0, *range(2, tensor.dim())), dtype=dtype)
+
+
+class _Residual(NamedTuple):
+    affine: Affine
+    bits: torch.Tensor | None
+    memory_format: torch.memory_format
+    input: torch.Tensor | None
+
+
+class AffineReluRule(Rule):
+    """BatchNorm with evaluation statistics, alone or with the (leaky) ReLU after it as one operator.
+
+    The leaves are BatchNorm's weight and bias; running statistics that require grad are not supported here.
+    """
+
+    fresh = True
+
+    def __init__(self, node: Node, slope: float | None = None) -> None:
+        super().__init__(node)
+        call = BatchNormCall.of(node)
+        assert call is not None
+        self.call = call
+        self.slope = slope
+
+    def _places(self) -> list[int]:
+        places = {arg.index: i for i, arg in enumerate(self.node.args[:5]) if self.node.is_weight(i)}
+        return [places[ref] for ref in self.node.weights]
+
+    def forward(self, args: tuple[Any, ...], primal: bool) -> tuple[Any, Any]:
+        input = args[0]
+        affine = self.call.affine(args)
+        bits, memory_format = None, torch.contiguous_format
+        if self.slope is None:
+            output = torch.addcmul(channelwise(affine.shift, input), input, channelwise(affine.scale, input))
+        else:
+            output, bits = ops.affine_relu(input, affine.scale, affine.shift, negative_slope=self.slope)
+            memory_format = ops.dense_format(output)
+        residual = _Residual(affine, bits, memory_format, input if primal else None)
+        return output, residual
+
+    def _scaled(self, residual: _Residual, vector: torch.Tensor) -> torch.Tensor:
+        if residual.bits is None:
+            return vector * channelwise(residual.affine.scale, vector)
+        return ops.affine_relu_vjp(
+            vector,
+            residual.bits,
+            residual.affine.scale,
+            negative_slope=self.slope or 0.0,
+            memory_format=residual.memory_format,
+        )
+
+    def vjp(self, residual: _Residual, cotangent: Any) -> Tensors:
+        return (self._scaled(residual, cotangent),)
+
+    def jvp(self, residual: _Residual, tangents: Tensors) -> Any:
+        assert tangents[0] is not None
+        return self._scaled(residual, tangents[0])
+
+    def second_order(
+        self, residual: Any, cotangent: Any, tangents: Tensors, wanted: Sequence[bool], needs_tangent: bool
+    ) -> SecondOrder:
+        (tangent,) = tangents
+        assert tangent is not None
+        places = self._places()
+        wants_scale = any(want and place == self.call.weight for place, want in zip(places, wanted, strict=True))
+        if not wants_scale:
+            out = self.jvp(residual, tangents) if needs_tangent else None
+            return SecondOrder(out, (None,) * len(wanted), (None,))
+        if residual.bits is None:
+            out = self.jvp(residual, tangents) if needs_tangent else None
+            product = channel_sum(cotangent * tangent)
+        else:
+            out, product = ops.affine_relu_jvp(
+                tangent,
+                residual.bits,
+                residual.affine.scale,
+                negative_slope=self.slope or 0.0,
+                delta=cotangent,
+                memory_format=residual.memory_format,
+            )
+        grad = product * residual.affine.inverse_std
+        grads = tuple(
+            grad if want and place == self.call.weight else None
+            for place, want in zip(places, wanted, strict=True)
+        )
+        return SecondOrder(out, grads, (None,))
+
+    def param_vjp(self, residual: _Residual, cotangent: Any, wanted: Sequence[bool]) -> Tensors:
+        if residual.bits is not None:
+            cotangent = ops.affine_relu_vjp(
+                cotangent, residual.bits, negative_slope=self.slope or 0.0, memory_format=residual.memory_format
+            )
+        grads: list[torch.Tensor | None] = []
+        for place, want in zip(self._places(), wanted, strict=True):
+            if not want:
+                grads.append(None)
+            elif place == self.call.weight:
+                assert residual.input is not None
+                centred = residual.input - channelwise(residual.affine.mean, residual.input)
+                grads.append(channel_sum(cotangent * centred) * residual.affine.inverse_std)
+            else:
+                grads.append(channel_sum(cotangent))
+        return tuple(grads)
+
+
+@rule_for(aten.batch_norm.default)
+class BatchNormRule(AffineReluRule):
+    """BatchNorm alone."""
+
+    @classmethod
+    def accepts(cls, node: Node) -> bool:
+        return BatchNormCall.of(node) is not None
+
+
+@rule_for(aten._native_batch_norm_legit_no_training.default)
+class FunctionalBatchNormRule(AffineReluRule):
+    """BatchNorm as functionalisation writes it: its output is the first of three."""
+
+    @classmethod
+    def accepts(cls, node: Node) -> bool:
+        return BatchNormCall.of(node) is not None
+
+    def forward(self, args: tuple[Any, ...], primal: bool) -> tuple[Any, Any]:
+        output, residual = super().forward(args, primal)
+        return (output, None, None), residual
+
+    def vjp(self, residual: _Residual, cotangent: Any) -> Tensors:
+        return super().vjp(residual, cotangent[0])
+
+    def jvp(self, residual: _Residual, tangents: Tensors) -> Any:
+        return super().jvp(residual, tangents), None, None
+
+    def second_order(
+        self, residual: Any, cotangent: Any, tangents: Tensors, wanted: Sequence[bool], needs_tangent: bool
+    ) -> SecondOrder:
+        return super().second_order(residual, cotangent[0], tangents, wanted, needs_tangent)
+
+    def param_vjp(self, residual: _Residual, cotangent: Any, wanted: Sequence[bool]) -> Tensors:
+        return super().param_vjp(residual, cotangent[0], wanted)

@@ -1,0 +1,105 @@
+"""The first-call check: the exported program against autograd on the live model, for a few samples.
+
+Export can succeed and still be wrong: a user's `autograd.Function` loses its backward, and a region without
+gradients may be inlined. Logits, effective weights and the penalty's parameter gradients are compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from emr_kernels.linearize.program import Program
+from emr_kernels.linearize.wrappers import evaluation_mode, plain_kernels
+
+# Relative error per tensor, and relative to all of them together. Units within rounding of zero may take the other
+# branch in another memory format, so these are far above rounding and far below a derivative that is wrong.
+_TOLERANCES = {
+    torch.float64: (1e-6, 1e-8),
+    torch.float32: (1e-2, 1e-4),
+    torch.float16: (2e-1, 2e-2),
+    torch.bfloat16: (3e-1, 5e-2),
+}
+
+
+def untouched_forward(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Logits of `model` in its present mode; what its forward writes into buffers is thrown away."""
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers(remove_duplicate=False)}
+    logits: torch.Tensor = torch.func.functional_call(model, buffers, (x,), tie_weights=True)
+    return logits
+
+
+def find_mismatch(model: nn.Module, program: Program, x: torch.Tensor) -> str | None:
+    """What the program gets wrong on this input; None if it agrees with autograd.
+
+    Args:
+        model: the unwrapped module.
+        program: with x as its only tap.
+        x: `[N, ...]`, a few samples.
+    """
+    x = x.detach()
+    with torch.enable_grad(), evaluation_mode(model), plain_kernels(x.device.type):
+        values = program.bind(model, x.shape[0])
+        leaves = program.leaves(values)
+        plan = program.plan(tuple(leaf.requires_grad for leaf in leaves))
+        point = program.forward(values, x, plan)
+        live_x = x.clone().requires_grad_()
+        live_logits = untouched_forward(model, live_x)
+        if point.logits.shape != live_logits.shape or _differs([point.logits], [live_logits.detach()]):
+            return "its logits differ from the model's"
+        steps = torch.arange(live_logits.numel(), device=x.device, dtype=torch.float32)
+        seed = torch.cos(steps).view(live_logits.shape).to(live_logits.dtype)
+        (weight,), kept = program.vjp(point, seed, keep=True)
+        try:
+            (live_weight,) = torch.autograd.grad(
+                (live_logits * seed).sum(), live_x, create_graph=True, allow_unused=True
+            )
+        except RuntimeError:
+            live_weight = None
+        if _differs([weight], [None if live_weight is None else live_weight.detach()], [x]):
+            return "its input gradient differs from autograd's"
+        if weight is None or live_weight is None or not live_weight.requires_grad:
+            return None
+        grads, _ = program.pull_back(point, kept, [weight], wants_input=False)
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        found = _to_parameters(leaves, grads, parameters)
+        try:
+            expected = torch.autograd.grad(0.5 * live_weight.square().sum(), parameters, allow_unused=True)
+        except RuntimeError:
+            # No second derivative in the live model: there is nothing to compare with.
+            return None
+        if _differs(found, expected, parameters):
+            return "its parameter gradient differs from autograd's double backward"
+    return None
+
+
+def _to_parameters(
+    leaves: list[torch.Tensor], grads: list[torch.Tensor | None], parameters: list[nn.Parameter]
+) -> list[torch.Tensor | None]:
+    """Pull the leaves' gradients back to the parameters (a leaf may be computed from some)."""
+    pairs = [(leaf, grad.to(leaf.dtype)) for leaf, grad in zip(leaves, grads, strict=True) if grad is not None]
+    if not pairs or not parameters:
+        return [None] * len(parameters)
+    roots, cotangents = zip(*pairs, strict=True)
+    return list(torch.autograd.grad(roots, parameters, cotangents, allow_unused=True))
+
+
+def _differs(
+    found: Iterable[torch.Tensor | None],
+    expected: Iterable[torch.Tensor | None],
+    like: Iterable[torch.Tensor] | None = None,
+) -> bool:
+    pairs = []
+    for a, b, shape in zip(found, expected, like or found, strict=True):
+        if a is None and b is None:
+            continue
+        zero = torch.zeros_like(shape if shape is not None else b)  # type: ignore[arg-type]
+        pairs.append(((zero if a is None else a).detach(), (zero if b is None else b).detach()))
+    if not pairs:
+        return False
+    relative, overall = _TOLERANCES.get(pairs[0][1].dtype, _TOLERANCES[torch.float32])
+    wide = [(a.double(), b.double()) for a, b in pairs]
+    total = sum(float(b.square().sum()) for _, b in wide) ** 0.5
+    return any(not float((a - b).norm()) <= relative * float(b.norm()) + overall * total for a, b in wide)

@@ -1,0 +1,337 @@
+"""`EMRLoss` and `EffectiveWeightPenalty`: Effective Margin Regularization for any PyTorch classifier."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from emr_kernels.checks import check_input, check_labels, check_logits, check_model
+from emr_kernels.distributed import SynchronisationGuard
+from emr_kernels.engine import Engine, find_engine, warn_fallback
+from emr_kernels.linearize.cache import forget
+from emr_kernels.linearize.wrappers import unwrap
+from emr_kernels.options import PenaltyOptions, number
+
+
+@dataclass(frozen=True)
+class PenaltyTerms:
+    """What the last call computed, detached.
+
+    Attributes:
+        penalty: the reduced penalty, 0-d (`[N]` for reduction "none"), without the strength.
+        effective_weight_norms: ‖w‖₂ of each sample, `[N]`, by layer; NaN for samples outside the subset, empty
+            for a call that `every` skipped.
+    """
+
+    penalty: torch.Tensor
+    effective_weight_norms: dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class LossTerms(PenaltyTerms):
+    """What the last call of `EMRLoss` computed, detached.
+
+    Attributes:
+        base_loss: the loss beside the penalty (cross-entropy by default), 0-d.
+        total: base_loss + strength · penalty, 0-d.
+        logits: `[N, C]`, of the base loss's forward.
+    """
+
+    base_loss: torch.Tensor
+    total: torch.Tensor
+    logits: torch.Tensor
+
+
+class EffectiveWeightPenalty(nn.Module):
+    r"""The squared norm of the effective weight, exact, with its exact parameter gradient.
+
+    With f the evaluation-mode classifier and p a class mix held constant, the effective weight of a sample is
+    w_p(x) = ∂(Σ_c p_c f_c(x))/∂x, and r_i = ‖w_p(x_i)‖₂² (Liu & Chan, "Boosting Adversarial Robustness From The
+    Perspective of Effective Margin Regularization", BMVC 2022; formula as in the authors' code). The result is
+
+        "paper"   (1/B) · mean_i r_i, B = `batch_size` or the batch's own N: the released code's reduction
+        "mean"    mean_i r_i          "sum"   Σ_i r_i          "none"   r, `[N]`
+
+    No double backward: two forward-like and two backward-like passes over the exported model, three where it has
+    smooth activations. Models that cannot be exported exactly fall back to double backward, with one warning.
+
+    Args:
+        model: classifier `[N, ...]` -> logits `[N, C]`; wrappers (`torch.compile`, DDP, DataParallel, Fabric) are
+            looked through. Held without being registered: `state_dict`, `to` and `train` never touch it.
+        temperature: T > 0 of the softmax in direction "softmax".
+        direction: which effective weight. "softmax": p = softmax(f(x)/T) (the paper). "label": e_y.
+            "margin": e_y − e_j, j the strongest rival. "all": Σ_c ‖w_c‖². "random": an unbiased estimate of "all"
+            by one random projection.
+        reduction: "paper", "mean", "sum" or "none".
+        layers: where weights are taken: "input", or names of modules (their input h: w = ∂(Σ_c p_c f_c)/∂h); r_i
+            sums over them.
+        subset: fraction of the batch, drawn anew at each call, that the penalty is computed on; unbiased.
+        every: compute the penalty at every k-th call with gradients only, times k; unbiased over calls.
+        center: leave the mean logit's component, which costs no margin, out of the mix: p − mean(p).
+        batch_size: nominal N of the "paper" reduction. Under DDP give the global batch, under gradient
+            accumulation the effective one (with the loss divided by the number of parts, as usual).
+        checks: whether values of x and y are checked: "auto" (always on the CPU, once on a GPU, where it has to
+            wait), "always", "never". Shapes and dtypes always are.
+
+    Raises:
+        TypeError, ValueError: naming the argument, its value and what was expected, before any work.
+
+    Example:
+        >>> penalty = EffectiveWeightPenalty(model, temperature=1.0)
+        >>> loss = my_loss(model(x), y) + 0.3 * penalty(x)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        temperature: float = 40.0,
+        direction: str = "softmax",
+        reduction: str = "paper",
+        layers: Sequence[str] = ("input",),
+        subset: float = 1.0,
+        every: int = 1,
+        center: bool = False,
+        batch_size: int | None = None,
+        checks: str = "auto",
+    ) -> None:
+        super().__init__()
+        check_model(model)
+        self.options = PenaltyOptions(
+            temperature, direction, reduction, layers, subset, every, center, batch_size, checks  # type: ignore[arg-type]
+        )
+        # In a tuple, so that nn.Module does not register it.
+        self._held = (model,)
+        self.calls = 0
+        self.engine = "unprepared"
+        self.engine_reason: str | None = None
+        self.last: PenaltyTerms | None = None
+        self._warned = False
+        self._checked_devices: set[torch.device] = set()
+        self._guard = SynchronisationGuard.of(model)
+
+    @property
+    def model(self) -> nn.Module:
+        """The classifier, as it was given."""
+        return self._held[0]
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in vars(self.options).items())
+
+    def get_extra_state(self) -> dict[str, int]:
+        """How many calls `every` has counted."""
+        return {"calls": self.calls}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        """Take up the count where it was saved."""
+        self.calls = int(state["calls"])
+
+    @torch.compiler.disable
+    def prepare(self, x: torch.Tensor, y: torch.Tensor | None = None) -> Engine:
+        """Check the arguments and export the model ahead of the first call.
+
+        Args:
+            x: a batch as it will come, `[N, ...]`.
+            y: class indices `[N]`, where they are used.
+        """
+        model = unwrap(self.model)
+        values = self.checks_values(x)
+        check_input(model, x, values=values)
+        engine = find_engine(model, x, self.options.layers)
+        if y is not None or self.options.needs_labels:
+            check_labels(y, x, engine.num_classes, values=values)
+        if self.options.direction == "margin" and engine.num_classes < 2:
+            raise ValueError(f"direction is 'margin', but the model has {engine.num_classes} class; expected two or more")
+        self.engine, self.engine_reason = ("autograd" if engine.program is None else "linearized"), engine.reason
+        if engine.program is None and not self._warned:
+            self._warned = True
+            warn_fallback(engine.reason)
+        if values:
+            self._checked_devices.add(x.device)
+        return engine
+
+    def refresh(self) -> None:
+        """Export the model again at the next call, after a change that its modules and parameters do not show."""
+        forget(unwrap(self.model))
+        self.engine, self.engine_reason = "unprepared", None
+
+    def checks_values(self, x: object) -> bool:
+        """Whether this call reads the data to check it."""
+        if self.options.checks != "auto" or not isinstance(x, torch.Tensor):
+            return self.options.checks == "always"
+        return x.device.type == "cpu" or (x.device.type != "meta" and x.device not in self._checked_devices)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
+        """The reduced penalty at x.
+
+        Args:
+            x: `[N, ...]`, on the model's device and in its dtype; the adversarial example in adversarial training.
+            y: class indices `[N]`, needed for the directions "label" and "margin".
+
+        Returns:
+            0-d (`[N]` for reduction "none"), float32 (float64 for a float64 model). Differentiable once, in the
+            parameters and in x.
+
+        Raises:
+            TypeError, ValueError: for bad input, before any work.
+        """
+        engine = self.prepare(x, y if self.options.needs_labels else None)
+        return self.compute(engine, x, y)
+
+    @torch.compiler.disable
+    def compute(self, engine: Engine, x: torch.Tensor, y: torch.Tensor | None) -> torch.Tensor:
+        """The penalty of arguments that `prepare` has checked."""
+        options = self.options
+        batch = x.shape[0]
+        repeats = 1
+        if torch.is_grad_enabled():
+            self.calls += 1
+            repeats = options.every
+            if (self.calls - 1) % repeats:
+                skipped = torch.zeros(
+                    [batch] if options.reduction == "none" else [],
+                    dtype=torch.promote_types(x.dtype, torch.float32),
+                    device=x.device,
+                )
+                self.last = PenaltyTerms(skipped, {})
+                return skipped
+        chosen = None
+        count = max(1, round(options.subset * batch))
+        if count < batch:
+            chosen = torch.randperm(batch, device=x.device)[:count]
+            x, y = x[chosen], y[chosen] if y is not None and options.needs_labels else None
+        factor = options.factor(count, batch) * repeats
+        reduced = options.reduction != "none"
+        value, norms = engine.penalty(unwrap(self.model), x, y, options, factor if reduced else None)
+        if not reduced:
+            value = value * factor
+        if chosen is not None:
+            if not reduced:
+                value = value.new_zeros(batch).index_put((chosen,), value)
+            norms = {k: v.new_full((batch,), torch.nan).index_put((chosen,), v) for k, v in norms.items()}
+        if self._guard is not None and value.requires_grad:
+            value.register_hook(self._guard.check)
+        self.last = PenaltyTerms(value.detach(), norms)
+        return value
+
+
+BaseLoss = Callable[[torch.Tensor, Any], torch.Tensor]
+
+
+class EMRLoss(nn.Module):
+    """Cross-entropy plus Effective Margin Regularization: base_loss(f(x), y) + strength · R(x).
+
+    The base loss's forward runs first, in the model's own mode (BatchNorm with batch statistics in training mode,
+    updating the running ones); then the penalty, with the evaluation statistics as they then are, which is the
+    order of the released code (Liu & Chan, BMVC 2022). The defaults are its adversarial-training setting, λ = 3 and
+    T = 40; T <= 1 is what enlarges margins without adversarial training.
+
+    Args:
+        model: see `EffectiveWeightPenalty`, which explains every option that is not listed here.
+        strength: λ >= 0; may be set between steps.
+        base_loss: `(logits [N, C], y) -> 0-d loss`; cross-entropy by default.
+
+    Raises:
+        TypeError, ValueError: naming the argument, its value and what was expected, before any work.
+
+    Example:
+        >>> criterion = EMRLoss(model, strength=3.0, temperature=40.0)
+        >>> loss = criterion(x_adv, y)
+        >>> loss.backward()
+        >>> criterion.last.effective_weight_norms["input"]  # [N]
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        strength: float = 3.0,
+        temperature: float = 40.0,
+        direction: str = "softmax",
+        reduction: str = "paper",
+        layers: Sequence[str] = ("input",),
+        subset: float = 1.0,
+        every: int = 1,
+        center: bool = False,
+        batch_size: int | None = None,
+        base_loss: BaseLoss | None = None,
+        checks: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.strength = strength
+        if reduction == "none":
+            raise ValueError("reduction is 'none'; expected 'paper', 'mean' or 'sum' (EMRLoss returns one number)")
+        if base_loss is not None and not callable(base_loss):
+            raise TypeError(f"base_loss is {base_loss!r}; expected a function of logits and y, or None")
+        self.penalty = EffectiveWeightPenalty(
+            model, temperature, direction, reduction, layers, subset, every, center, batch_size, checks
+        )
+        self._base_loss = (base_loss,)
+        self.last: LossTerms | None = None
+
+    @property
+    def strength(self) -> float:
+        """λ, the penalty's factor."""
+        return self._strength
+
+    @strength.setter
+    def strength(self, value: float) -> None:
+        number("strength", value)
+        if value < 0:
+            raise ValueError(f"strength is {value}; expected a number >= 0")
+        self._strength = float(value)
+
+    @property
+    def model(self) -> nn.Module:
+        """The classifier, as it was given."""
+        return self.penalty.model
+
+    @property
+    def engine(self) -> str:
+        """How the penalty is computed: "linearized", "autograd" (double backward), or "unprepared"."""
+        return self.penalty.engine
+
+    @property
+    def engine_reason(self) -> str | None:
+        """Why the engine is "autograd"."""
+        return self.penalty.engine_reason
+
+    def extra_repr(self) -> str:
+        return f"strength={self.strength}"
+
+    def prepare(self, x: torch.Tensor) -> None:
+        """Export the model ahead of the first call, from a batch `[N, ...]` as it will come."""
+        self.penalty.prepare(x)
+
+    def refresh(self) -> None:
+        """Export the model again at the next call, after a change that its modules and parameters do not show."""
+        self.penalty.refresh()
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """base_loss + strength · penalty.
+
+        Args:
+            x: `[N, ...]`; the adversarial example in adversarial training.
+            y: class indices `[N]`; with a base_loss of one's own, whatever that takes.
+
+        Returns:
+            0-d; its `backward()` gives every parameter's exact gradient.
+
+        Raises:
+            TypeError, ValueError: for bad input, before any work.
+        """
+        (base_loss,) = self._base_loss
+        engine = self.penalty.prepare(x, y if base_loss is None or self.penalty.options.needs_labels else None)
+        logits = self.model(x)
+        check_logits(logits, x.shape[0])
+        base = F.cross_entropy(logits, y) if base_loss is None else base_loss(logits, y)
+        # Without weight in the loss the penalty is still reported, but needs no gradient.
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.strength > 0):
+            penalty = self.penalty.compute(engine, x, y)
+        total = base + self.strength * penalty
+        norms = self.penalty.last.effective_weight_norms if self.penalty.last else {}
+        self.last = LossTerms(penalty.detach(), norms, base.detach(), total.detach(), logits.detach())
+        return total

@@ -1,0 +1,209 @@
+"""Effective weights, their norms, and effective margins of a trained classifier."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import nn
+
+from emr_kernels.checks import check_input, check_labels, check_logits, check_model
+from emr_kernels.directions import DIRECTIONS, NEEDS_LABELS, rivals, seeds
+from emr_kernels.linearize import LinearizedPoint, UnsupportedModelError
+from emr_kernels.linearize.cache import find_program
+from emr_kernels.linearize.verify import untouched_forward
+from emr_kernels.linearize.wrappers import evaluation_mode, exact_attention, unwrap
+from emr_kernels.options import number, whole
+
+ORDERS = (1, 2, float("inf"))
+
+
+class _AutogradPoint:
+    """The same face as `LinearizedPoint`, by autograd on the live model, for models that cannot be exported."""
+
+    def __init__(self, model: nn.Module, x: torch.Tensor) -> None:
+        with torch.enable_grad(), evaluation_mode(model), exact_attention():
+            self._x = x.detach().clone().requires_grad_()
+            self._live = untouched_forward(model, self._x)
+        check_logits(self._live, x.shape[0])
+        self.logits = self._live.detach()
+
+    def vjp(self, seed: torch.Tensor) -> torch.Tensor:
+        (weight,) = torch.autograd.grad(
+            self._live, self._x, seed.to(self._live.dtype), retain_graph=True, materialize_grads=True
+        )
+        return weight
+
+
+def _point(model: nn.Module, x: torch.Tensor) -> LinearizedPoint | _AutogradPoint:
+    try:
+        program = find_program(model, x)
+    except UnsupportedModelError:
+        return _AutogradPoint(model, x)
+    with torch.no_grad():
+        values = program.bind(model, x.shape[0])
+        plan = program.plan((False,) * len(program.graph.leaves))
+        return LinearizedPoint(program, program.forward(values, x, plan), x)
+
+
+def _checked(model: nn.Module, x: torch.Tensor) -> nn.Module:
+    check_model(model)
+    inner = unwrap(model)
+    check_input(inner, x, values=isinstance(x, torch.Tensor) and x.device.type == "cpu")
+    return inner
+
+
+def _norm(weight: torch.Tensor, ord: float) -> torch.Tensor:
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    return torch.linalg.vector_norm(weight.flatten(1), ord, dim=1, dtype=dtype)
+
+
+def _check_order(ord: float) -> None:
+    if isinstance(ord, bool) or ord not in ORDERS:
+        raise ValueError(f"ord is {ord!r}; expected 1, 2 or float('inf')")
+
+
+def _check_classes(classes: Sequence[int] | None, num_classes: int) -> list[int]:
+    chosen = list(range(num_classes)) if classes is None else [int(c) for c in classes]
+    for c in chosen:
+        if not 0 <= c < num_classes:
+            raise ValueError(f"classes holds {c}; expected classes in [0, {num_classes})")
+    return chosen
+
+
+def _class_weights(
+    point: LinearizedPoint | _AutogradPoint, classes: Sequence[int] | None
+) -> Iterator[torch.Tensor]:
+    for c in _check_classes(classes, point.logits.shape[1]):
+        seed = torch.zeros_like(point.logits)
+        seed[:, c] = 1
+        yield point.vjp(seed)
+
+
+def effective_weights(model: nn.Module, x: torch.Tensor, classes: Sequence[int] | None = None) -> torch.Tensor:
+    """w_c(x) = ∂f_c(x)/∂x of the evaluation-mode classifier, exact.
+
+    Args:
+        model: classifier `[N, ...]` -> logits `[N, C]`; left as it was found.
+        x: `[N, ...]`.
+        classes: which classes; None for all.
+
+    Returns:
+        `[N, k, *input]`, detached, in x's dtype. Time: one forward and k backward passes.
+
+    Raises:
+        TypeError, ValueError: for bad input or a class outside [0, C).
+    """
+    point = _point(_checked(model, x), x)
+    return torch.stack(list(_class_weights(point, classes)), 1)
+
+
+def effective_weight_norms(
+    model: nn.Module,
+    x: torch.Tensor,
+    y: torch.Tensor | None = None,
+    *,
+    classes: Sequence[int] | None = None,
+    direction: str = "softmax",
+    temperature: float = 1.0,
+    center: bool = False,
+    ord: float = 2,
+) -> torch.Tensor:
+    """‖w_p(x)‖ of the effective weight of a class mix, or of single classes.
+
+    Args:
+        model: classifier `[N, ...]` -> logits `[N, C]`; left as it was found.
+        x: `[N, ...]`.
+        y: class indices `[N]`, for the directions "label" and "margin".
+        classes: norms of these classes' effective weights instead of a mix's.
+        direction, temperature, center: the mix, as in `EffectiveWeightPenalty`; "all" and "random" give
+            (Σ ‖w_c‖²)^½ and its estimate.
+        ord: 1, 2 or inf.
+
+    Returns:
+        `[N, k]` with `classes`, else `[N]`; detached, float32 (float64 for a float64 model).
+
+    Raises:
+        TypeError, ValueError: for bad input or an unknown option.
+    """
+    _check_order(ord)
+    if direction not in DIRECTIONS:
+        raise ValueError(f"direction is {direction!r}; expected one of {', '.join(map(repr, DIRECTIONS))}")
+    number("temperature", temperature)
+    if temperature <= 0:
+        raise ValueError(f"temperature is {temperature}; expected a number > 0")
+    point = _point(_checked(model, x), x)
+    if classes is not None:
+        return torch.stack([_norm(weight, ord) for weight in _class_weights(point, classes)], 1)
+    if direction in NEEDS_LABELS:
+        check_labels(y, x, point.logits.shape[1], values=True)
+    norms = [_norm(point.vjp(seed), ord) for seed in seeds(point.logits, y, direction, temperature, center)]
+    return norms[0] if len(norms) == 1 else torch.stack(norms).square().sum(0).sqrt()
+
+
+def effective_margins(
+    model: nn.Module,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    ord: float = 2,
+    top_k: int | None = None,
+    batch_size: int | None = None,
+) -> torch.Tensor:
+    """M(x, y) = min over j ≠ y of (f_y(x) − f_j(x)) / ‖w_y(x) − w_j(x)‖_ord, signed.
+
+    The first-order distance to the decision boundary in the dual norm: `ord` 2 for L2 threats, 1 for Linf, inf for
+    L1. Exact as long as the boundary lies in the linear region of x (methods of this kind: the first step of
+    DeepFool). Negative where x is misclassified.
+
+    Args:
+        model: classifier `[N, ...]` -> logits `[N, C]`; left as it was found.
+        x: `[N, ...]`.
+        y: class indices `[N]`.
+        ord: norm of the weight difference: 1, 2 or inf.
+        top_k: only the k strongest rivals by logit, for many classes; None for all C − 1 (exact).
+        batch_size: samples at a time. Memory is that of one forward's bits and of one backward at this batch;
+            no more than one weight difference `[batch, *input]` exists at a time. None: all at once.
+
+    Returns:
+        `[N]`, detached, float32 (float64 for a float64 model).
+
+    Raises:
+        TypeError, ValueError: for bad input, before any work.
+    """
+    inner = _checked(model, x)
+    _check_order(ord)
+    if top_k is not None:
+        whole("top_k", top_k)
+    if batch_size is not None:
+        whole("batch_size", batch_size)
+    step = batch_size or x.shape[0]
+    if not isinstance(y, torch.Tensor) or y.shape[:1] != x.shape[:1]:
+        check_labels(y, x, 0)
+    parts = [
+        _margins(_point(inner, xs), xs, ys, ord, top_k)
+        for xs, ys in zip(x.split(step), y.split(step), strict=True)
+    ]
+    return torch.cat(parts)
+
+
+def _margins(
+    point: LinearizedPoint | _AutogradPoint, x: torch.Tensor, y: torch.Tensor, ord: float, top_k: int | None
+) -> torch.Tensor:
+    logits = point.logits.to(torch.promote_types(point.logits.dtype, torch.float32))
+    classes = logits.shape[1]
+    check_labels(y, x, classes, values=True)
+    if classes < 2:
+        raise ValueError(f"model has {classes} class; expected two or more")
+    own = logits.gather(1, y[:, None])[:, 0]
+    best: torch.Tensor | None = None
+    for j in rivals(logits, y, min(top_k or classes, classes - 1)).unbind(1):
+        seed = torch.zeros_like(logits)
+        seed.scatter_(1, y[:, None], 1.0)
+        seed.scatter_(1, j[:, None], -1.0)
+        gap = own - logits.gather(1, j[:, None])[:, 0]
+        ratio = gap / _norm(point.vjp(seed), ord)
+        # A rival whose logit moves exactly with f_y is never reached (or, at a tie, is on the boundary already).
+        ratio = torch.where(ratio.isnan(), torch.zeros_like(ratio), ratio)
+        best = ratio if best is None else torch.minimum(best, ratio)
+    assert best is not None
+    return best
