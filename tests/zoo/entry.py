@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -45,12 +46,23 @@ class Entry:
             randomise(model)
         return model.to(dtype)
 
+    def shared(self) -> nn.Module:
+        """One float64 model, gradients cleared, for all tests that leave it as it was: one export."""
+        model = _shared(self)
+        model.zero_grad()
+        return model
+
     def data(self, batch: int | None = None, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
         """x [N, *shape] uniform in [0, 1] and labels y [N]; drawn in float32, the same for all dtypes."""
         generator = torch.Generator().manual_seed(zlib.crc32(self.id.encode()) + 1)
         n = batch or self.batch
         x = torch.rand(n, *self.shape, generator=generator)
         return x.to(dtype), torch.randint(0, CLASSES, (n,), generator=generator)
+
+
+@cache
+def _shared(entry: Entry) -> nn.Module:
+    return entry.make()
 
 
 def randomise(model: nn.Module) -> None:
