@@ -64,6 +64,19 @@ def test_unknown_layer(make: Any) -> None:
     assert int(model[1].num_batches_tracked) == 0  # type: ignore[arg-type, call-overload]
 
 
+def test_layer_that_the_forward_never_calls() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.idle = nn.Linear(6, 4), nn.Linear(6, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.used(x)
+
+    with pytest.raises(ValueError, match=r"(?s)layers.*idle|idle.*layer"):
+        EffectiveWeightPenalty(Net(), layers=("idle",))(*good())
+
+
 @pytest.mark.parametrize(
     ("value", "error"), [(-1.0, ValueError), (math.nan, ValueError), (math.inf, ValueError), ("3", TypeError)]
 )

@@ -48,6 +48,23 @@ def test_total_is_cross_entropy_in_the_own_mode_then_the_penalty(entry_id: str) 
         torch.testing.assert_close(tensor, twin.state_dict()[name], rtol=1e-12, atol=0)
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("entry_id", [e.id for e in zoo.ENTRIES if e.engine == "autograd"])
+def test_total_of_models_that_fall_back(entry_id: str) -> None:
+    """The fallback draws what two forwards draw, in the same order, and drops no gradient."""
+    model, x, y = made(entry_id)
+    criterion = EMRLoss(model, strength=2.5, temperature=0.8)
+    criterion.prepare(x)
+    torch.manual_seed(1)
+    reference = double_backward(model, x, y, strength=2.5, temperature=0.8, base_loss=F.cross_entropy)
+    torch.manual_seed(1)
+    total = criterion(x, y)
+    total.backward()
+    assert criterion.engine == "autograd"
+    torch.testing.assert_close(total.detach(), reference.value, rtol=1e-11, atol=0)
+    assert_gradients_match(model, reference.grads)
+
+
 def test_batchnorm_moves_once_by_the_base_loss_and_never_by_the_penalty() -> None:
     model, x, y = made("resnet_post_activation")
     before = snapshot(model)
@@ -327,6 +344,15 @@ def test_inplace_change_of_a_weight_between_forward_and_backward_is_noticed_or_h
         assert "modified" in str(error)
     else:
         assert_gradients_match(model, reference.grads)
+
+
+def test_float64_as_default_dtype() -> None:
+    torch.set_default_dtype(torch.float64)
+    model = nn.Sequential(nn.Linear(6, 5), nn.SiLU(), nn.Linear(5, 4))
+    x, y = torch.rand(3, 6), torch.tensor([0, 3, 1])
+    reference = double_backward(model, x, y, strength=3.0, base_loss=F.cross_entropy)
+    EMRLoss(model)(x, y).backward()
+    assert_gradients_match(model, reference.grads)
 
 
 def test_engine_before_and_after_preparing() -> None:

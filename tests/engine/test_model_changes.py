@@ -180,6 +180,16 @@ def test_refresh_for_what_no_fingerprint_sees() -> None:
     assert_right(penalty, model)
 
 
+@pytest.mark.parametrize("name", ["a.weight", "bn.weight", "b.weight"])
+def test_nan_in_a_weight_shows_in_the_penalty(name: str) -> None:
+    model = Net().double()
+    penalty = EffectiveWeightPenalty(model, temperature=0.7)
+    assert_right(penalty, model)
+    with torch.no_grad():
+        model.get_parameter(name).view(-1)[0] = float("nan")
+    assert penalty(data()).isnan()
+
+
 def test_dtype_round_trip() -> None:
     model = Net().double()
     penalty = EffectiveWeightPenalty(model, temperature=0.7)

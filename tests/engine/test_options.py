@@ -65,6 +65,26 @@ def test_direction_reduction(entry_id: str, direction: str, reduction: str) -> N
     check(entry_id, reduction, direction=direction, layers=layer_selections(entry_id)[2])
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("entry_id", ["custom_function_activation", "through_numpy"])
+def test_options_of_the_fallback(entry_id: str, direction: str) -> None:
+    """Double backward inside the library obeys the same options."""
+    model, x, y = subject(entry_id)
+    layers, weights = ("input", "b"), torch.tensor([1.0, -2.0, 0.5]).double()
+    for reduction, center in (("none", True), ("paper", False)):
+        w = weights if reduction == "none" else None
+        options: dict[str, Any] = {"direction": direction, "layers": layers, "center": center}
+        reference = double_backward(model, x, y, reduction=reduction, weights=w, **options)
+        penalty = EffectiveWeightPenalty(model, reduction=reduction, **options)
+        model.zero_grad()
+        value = penalty(x, y)
+        value.backward(w)
+        assert penalty.engine == "autograd"
+        torch.testing.assert_close(value.detach(), reference.value, rtol=1e-11, atol=0)
+        assert_gradients_match(model, reference.grads)
+
+
 @pytest.mark.parametrize("temperature", [0.1, 1.0, 40.0, 1e4])
 def test_temperatures(temperature: float) -> None:
     model, x, y = subject("act_silu")
