@@ -65,6 +65,34 @@ def test_direction_reduction(entry_id: str, direction: str, reduction: str) -> N
     check(entry_id, reduction, direction=direction, layers=layer_selections(entry_id)[2])
 
 
+@pytest.mark.parametrize(
+    ("entry_id", "layers"),
+    [
+        ("wrn_10_2", ("blocks.1", "blocks.1.bn1")),
+        ("densenet", ("transition", "transition.0", "input")),
+        ("mlp", ("input", "0")),
+        ("vit", ("mlp.0", "mlp.0.0", "norms.1")),
+    ],
+)
+def test_layers_that_read_one_tensor(entry_id: str, layers: tuple[str, ...]) -> None:
+    """A module and its first child have the same input; each name counts by itself."""
+    check(entry_id, "mean", layers=layers)
+
+
+def test_layer_at_an_in_place_activation() -> None:
+    """The input of an in-place module is what went in, as in the same net with the activation out of place."""
+    entry = zoo.get("act_relu_inplace")
+    model, (x, _) = entry.make(), entry.data()
+    twin = entry.make()
+    twin[2], twin[4] = nn.ReLU(), nn.ReLU()  # type: ignore[index, operator]
+    reference = double_backward(twin, x, layers=("2", "input"))
+    penalty = EffectiveWeightPenalty(model, layers=("2", "input"))
+    value = penalty(x)
+    value.backward()
+    torch.testing.assert_close(value.detach(), reference.value, rtol=1e-11, atol=0)
+    assert_gradients_match(model, reference.grads)
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("entry_id", ["custom_function_activation", "through_numpy"])

@@ -243,6 +243,37 @@ def resampled_ready() -> nn.Module:
     return model
 
 
+def small() -> nn.Module:
+    return nn.Sequential(nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, CLASSES))
+
+
+def scripted() -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return torch.jit.script(small())
+
+
+def traced() -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return torch.jit.trace(small(), torch.zeros(2, 12))
+
+
+def vmapped(m: Dense, x: Tensor) -> Tensor:
+    return torch.func.vmap(lambda row: m.b(m.a(row).tanh()))(x)
+
+
+def solves(m: Dense, x: Tensor) -> Tensor:
+    h = m.a(x)
+    matrix = torch.eye(8, dtype=x.dtype) + 0.1 * torch.tanh(h).unsqueeze(2) * h.unsqueeze(1)
+    return m.b(torch.linalg.solve(matrix, h))
+
+
+def autocast_region(m: Dense, x: Tensor) -> Tensor:
+    with torch.autocast("cpu", enabled=False):
+        return m.b(m.a(x).tanh())
+
+
 def hooked() -> nn.Module:
     """A hook changes an output, and a pre-hook an input."""
     model = Dense(plain)
@@ -305,5 +336,16 @@ ENTRIES = [
     Entry("overrides_train_and_eval", KeepsTraining, (12,), piecewise_linear=True),
     Entry("spatial_transformer", SpatialTransformer, (2, 6, 6), engine="any"),
     Entry("resampled", resampled_ready, (3, 4, 4), piecewise_linear=True),
+    Entry("torchscript", scripted, (12,), engine="any", reference_build=small),
+    Entry("torchscript_traced", traced, (12,), engine="any", reference_build=small),
+    _dense("vmap_inside", vmapped, engine="any"),
+    _dense("autocast_region", autocast_region, engine="any"),
+    _dense("weight_data", lambda m, x: m.b(F.silu(F.linear(x, m.a.weight.data))), engine="any"),
+    _dense(
+        "straight_through_by_detach",
+        lambda m, x: m.b(F.linear(x, m.a.weight + (m.a.weight.sign() - m.a.weight).detach()).tanh()),
+        engine="any",
+    ),
+    _dense("solves_a_system", solves),
     Entry("hooked", hooked, (12,), engine="any"),
 ]
