@@ -163,7 +163,6 @@ def evaluate(
 def info() -> None:
     """Show versions, the build and which backend serves which op."""
     import emr_kernels
-
     from emr_training.reporting import environment
 
     console.print(str(emr_kernels.info()), highlight=False)

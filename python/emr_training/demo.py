@@ -38,10 +38,10 @@ class DemoSettings:
     epsilons: tuple[float, ...] = (0.1, 0.2)
     attack_steps: int = 50
     attack_restarts: int = 10
-    curve_spacing: float = 0.02
+    curve_spacing: float = 0.025
     temperatures: tuple[float, ...] = (0.1, 1.0)
-    strengths: tuple[float, ...] = (1.0, 3.0, 10.0, 30.0, 100.0)
-    strengths_at: tuple[float, ...] = (0.3, 1.0, 3.0, 10.0)
+    strengths: tuple[float, ...] = (3.0, 10.0, 30.0)
+    strengths_at: tuple[float, ...] = (0.3, 1.0, 3.0)
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def _run_all(
             progress.update(task, description=f"attacking {name}")
             evaluation = evaluate(trained.model, test, settings.epsilons, attack)
             progress.advance(task)
-            curve = robust_curve(trained.model, test, attack, settings.curve_spacing)
+            curve = robust_curve(trained.model, test, attack, settings.curve_spacing, evaluation.robust)
             progress.advance(task)
             outcomes[name] = Outcome(config, trained, evaluation, curve)
     return outcomes

@@ -63,7 +63,7 @@ def check_images(x: Tensor, y: Tensor) -> None:
 
 
 def check_logits(logits: Tensor, y: Tensor) -> None:
-    """Raise ValueError unless `logits` is [N, C] with C >= 2 and every label in y is below C."""
+    """Raise ValueError unless `logits` is [N, C] with C >= 2 and no NaN, and every label in y is below C."""
     if (
         not isinstance(logits, Tensor)
         or logits.dim() != 2
@@ -74,6 +74,8 @@ def check_logits(logits: Tensor, y: Tensor) -> None:
         raise ValueError(
             f"the model's output is {got}; expected logits [{y.shape[0]}, C] with C >= 2 classes"
         )
+    if bool(logits.isnan().any()):
+        raise ValueError("the model's output has NaN; expected numbers, as NaN logits count for no class")
     if y.numel() and int(y.max()) >= logits.shape[1]:
         raise ValueError(
             f"y has the label {int(y.max())}; expected labels below the model's {logits.shape[1]} classes"

@@ -21,7 +21,7 @@ def left_as_found(model: nn.Module, device: torch.device) -> Iterator[nn.Module]
     """
     modes = [(module, module.training) for module in model.modules()]
     parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
-    buffers = [(b, b._version, b.detach().clone()) for b in model.buffers()]
+    buffers = [(b, b.detach().clone()) for b in model.buffers()]
     cuda = [device] if device.type == "cuda" else []
     try:
         with torch.random.fork_rng(devices=cuda), torch.inference_mode(False), torch.enable_grad():
@@ -38,8 +38,10 @@ def left_as_found(model: nn.Module, device: torch.device) -> Iterator[nn.Module]
             p.requires_grad_(requires_grad)
             p.grad = grad
         with torch.no_grad():
-            for b, version, value in buffers:
-                if b._version != version:
+            for b, value in buffers:
+                # By value: BatchNorm's update of its statistics does not count as a new version. And only where
+                # it changed: writing would invalidate a graph that the caller has yet to differentiate.
+                if not torch.equal(b, value):
                     b.copy_(value)
 
 

@@ -54,6 +54,6 @@ def check_in_ball(x_adv: Tensor, x: Tensor, epsilon: float) -> Tensor:
         if not (float(low) >= 0 and float(high) <= 1 and distance <= epsilon + rounding):
             raise RuntimeError(
                 f"the attack left its bounds: distance {distance:g} (epsilon {epsilon:g}), values in "
-                f"[{float(low):g}, {float(high):g}]; does the model return NaN?"
+                f"[{float(low):g}, {float(high):g}]"
             )
     return x_adv

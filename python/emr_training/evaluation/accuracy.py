@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import sqrt
 
@@ -63,21 +63,25 @@ def robust_accuracy(model: nn.Module, data: Data, attack: Attack, batch_size: in
     return Accuracy(sum(_correct(model, Data(attack(model, x.x, x.y), x.y)) for x in parts), len(data))
 
 
-def robust_curve(model: nn.Module, data: Data, attack: PGD, spacing: float) -> list[tuple[float, Accuracy]]:
+def robust_curve(
+    model: nn.Module, data: Data, attack: PGD, spacing: float, known: Mapping[float, Accuracy] | None = None
+) -> list[tuple[float, Accuracy]]:
     """Robust accuracy at epsilon = 0, spacing, 2 * spacing, ... until none is right, or to 1.
 
-    The attack's step size must be None, so that it grows with epsilon. An accuracy that stays above zero at
-    epsilon = 1, where every image can become any other, means that the attack fails, not that the model is
-    robust.
+    The attack's step size must be None, so that it grows with epsilon. `known` holds accuracies under the same
+    attack that need no second run. An accuracy that stays above zero at epsilon = 1, where every image can become
+    any other, means that the attack fails, not that the model is robust.
     """
     if attack.step_size is not None:
         raise ValueError(
             f"attack.step_size is {attack.step_size}; expected None, which scales it with epsilon"
         )
+    known = known or {}
     curve = [(0.0, clean_accuracy(model, data))]
     while curve[-1][1].correct and curve[-1][0] < 1:
         epsilon = min(1.0, round(len(curve) * spacing, 10))
-        curve.append((epsilon, robust_accuracy(model, data, replace(attack, epsilon=epsilon))))
+        accuracy = known.get(epsilon) or robust_accuracy(model, data, replace(attack, epsilon=epsilon))
+        curve.append((epsilon, accuracy))
     return curve
 
 

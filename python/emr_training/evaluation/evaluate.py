@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from emr_kernels import effective_margins, effective_weight_norms
 from torch import Tensor, nn
 
+from emr_kernels import effective_margins, effective_weight_norms
 from emr_training.attacks import PGD
 from emr_training.data import Data
 from emr_training.evaluation.accuracy import Accuracy, clean_accuracy, robust_accuracy

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from emr_kernels import EffectiveWeightPenalty
 from torch import Tensor, nn
 
+from emr_kernels import EffectiveWeightPenalty
 from emr_training.errors import check_number
 
 

@@ -31,12 +31,12 @@ def evaluation_table(
     )
     headers = ["Clean\naccuracy\n%"]
     headers += [f"{attack}\nε = {epsilon:g}\n%" for epsilon in next(iter(rows.values())).robust]
-    headers += ["Median\neffective\nmargin", "Median\neff. weight\nnorm"]
-    table.add_column("Method", no_wrap=True)
+    headers += ["Median\neffective\nmargin", "Median\neffective\nweight\nnorm"]
+    table.add_column("Method", no_wrap=True, vertical="bottom")
     if chosen is not None:
-        table.add_column("EMR chosen", no_wrap=True)
+        table.add_column("EMR chosen", no_wrap=True, vertical="bottom")
     for header in headers:
-        table.add_column(header, justify="right", no_wrap=True)
+        table.add_column(header, justify="right", no_wrap=True, vertical="bottom")
     for method, evaluation in rows.items():
         table.add_row(
             method,

@@ -1,0 +1,139 @@
+"""The command line: each command end to end, in little, and errors that a user can act on."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from emr_training import cli, demo
+from emr_training.checkpoint import load_checkpoint
+
+PNG = b"\x89PNG\r\n\x1a\n"
+SMALL = demo.DemoSettings(
+    epochs=2,
+    attack_steps=3,
+    attack_restarts=2,
+    curve_spacing=0.2,
+    temperatures=(1.0,),
+    strengths=(1.0, 10.0),
+    strengths_at=(1.0,),
+)
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cli.console, "_width", 100)
+    runner = CliRunner()
+
+    def invoke(*arguments: str):
+        return runner.invoke(cli.app, list(arguments), catch_exceptions=False)
+
+    return invoke
+
+
+@pytest.mark.parametrize("model", ["mlp", "cnn"])
+def test_train_then_evaluate(run, tmp_path: Path, model: str) -> None:
+    options = ["--method", "at-emr", "--model", model, "--epochs", "2", "--strength", "0.5"]
+    result = run("train", *options, "--output", str(tmp_path))
+    assert result.exit_code == 0, result.output
+    lines = [line for line in result.output.splitlines() if line.startswith("epoch ")]
+    assert len(lines) == 2 and "cross_entropy" in lines[0] and "emr" in lines[0] and "val PGD" in lines[0]
+
+    checkpoint = load_checkpoint(tmp_path / "model.pt")
+    assert (checkpoint.config.method, checkpoint.config.model, checkpoint.config.strength) == (
+        "at-emr",
+        model,
+        0.5,
+    )
+    record = json.loads((tmp_path / "metrics.json").read_text())
+    assert record["config"]["epochs"] == 2 and len(record["history"]) == 2
+    assert record["environment"]["packages"]["torch"] == torch.__version__
+
+    out = tmp_path / "evaluation.json"
+    result = run(
+        "evaluate", str(tmp_path / "model.pt"), "--epsilon", "0.1", "--steps", "3", "--output", str(out)
+    )
+    assert result.exit_code == 0, result.output
+    assert "539 test digits" in result.output and "ε = 0.1" in result.output
+    test = json.loads(out.read_text())["test"]
+    assert test["clean_accuracy"]["total"] == 539
+    assert [entry["epsilon"] for entry in test["robust_accuracy"]] == [0.1]
+
+
+def test_flags_override_the_config_file(run, tmp_path: Path) -> None:
+    config = tmp_path / "c.json"
+    config.write_text(json.dumps({"epochs": 5, "learning_rate": 0.05}))
+    result = run("train", "--config", str(config), "--epochs", "1", "--output", str(tmp_path))
+    assert result.exit_code == 0, result.output
+    used = load_checkpoint(tmp_path / "model.pt").config
+    assert (used.epochs, used.learning_rate) == (1, 0.05)
+
+
+def test_demo(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "DemoSettings", lambda **_: SMALL)
+    result = run("demo", "--output", str(tmp_path))
+    assert result.exit_code == 0, result.output
+    for text in ("Standard", "EMR", "AT-EMR", "λ=1 T=1", "539 digits", "at most 2.2", "linearized"):
+        assert text in result.output
+    for figure in ("effective_margins", "robust_accuracy", "training_curves"):
+        assert (tmp_path / f"{figure}.png").read_bytes().startswith(PNG)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert list(results["methods"]) == ["Standard", "EMR", "AT", "AT-EMR"]
+    for method in results["methods"].values():
+        curve = method["robust_accuracy_curve"]
+        assert curve[0]["epsilon"] == 0 and curve[-1]["correct"] == 0
+        assert curve[0]["correct"] == method["test"]["clean_accuracy"]["correct"]
+        assert len(method["test"]["effective_margins_l2"]) == 539
+    assert len(results["selection"]["methods"]["EMR"]["candidates"]) == 2
+    assert results["selection"]["methods"]["EMR"]["without_emr"]["strength"] == 0
+    assert results["seconds"]["total"] > results["seconds"]["selection"] > 0
+    for name in ("standard", "emr", "at", "at-emr"):
+        assert load_checkpoint(tmp_path / f"{name}.pt").config.method == name
+
+
+def test_info(run) -> None:
+    result = run("info")
+    assert result.exit_code == 0 and torch.__version__ in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--strength", "-1"], "error: strength is -1.0; expected greater than or equal to 0"),
+        (["evaluate", "nowhere.pt"], "error: no checkpoint at nowhere.pt"),
+        (["train", "--config", "none.json"], "error: cannot read none.json: No such file or directory"),
+    ],
+)
+def test_faults_end_in_one_line(
+    arguments: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["emr", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.strip() == message
+
+
+def test_unknown_key_in_a_config_file(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    (tmp_path / "c.json").write_text('{"epoch": 3}')
+    monkeypatch.setattr(sys, "argv", ["emr", "train", "--config", str(tmp_path / "c.json")])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert capsys.readouterr().err.strip() == "error: unknown option 'epoch'; did you mean 'epochs'?"
+
+
+def test_wrong_choice_names_the_choices(run) -> None:
+    result = run("train", "--method", "trades")
+    assert result.exit_code == 2 and "at-emr" in result.output
