@@ -1,4 +1,4 @@
-"""Fused elementwise operators of the engine: each with a plain-PyTorch reference and faster backends behind it."""
+"""Fused elementwise operators of the engine, each with a plain-PyTorch reference and faster backends."""
 
 from __future__ import annotations
 

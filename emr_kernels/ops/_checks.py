@@ -80,7 +80,7 @@ def check_not_differentiated(operator: str, **tensors: torch.Tensor | None) -> N
         for name, tensor in tensors.items():
             if tensor is not None and tensor.requires_grad:
                 raise RuntimeError(
-                    f"{operator} has no derivative, and {name} requires grad; expected torch.no_grad() around the call"
+                    f"{operator} has no derivative, and {name} requires grad; expected torch.no_grad() around it"
                 )
     if forward_ad._current_level >= 0:
         for name, tensor in tensors.items():

@@ -1,7 +1,7 @@
 """The operators' library and their backends.
 
-Every operator is defined here, in Python, with its reference as the implementation for every device. The compiled
-library registers faster kernels for the devices it knows; the dispatcher then prefers them.
+Every operator is defined here, in Python, with its reference as the implementation for every device.
+The compiled library registers faster kernels for the devices it knows; the dispatcher then prefers them.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+
+from emr_kernels import _extension
 
 library = torch.library.Library("emr", "DEF")
 _TAGS = (torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag)
@@ -22,3 +24,12 @@ def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any])
     library.impl(name, reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"emr::{name}", fake, lib=library)
     return getattr(torch.ops.emr, name).default
+
+
+def prepare(tensor: torch.Tensor) -> None:
+    """Have the backend of this tensor's device ready before an operator is called on it."""
+    if _extension.library is None and tensor.is_cpu and not torch.compiler.is_compiling():
+        if _extension.pending:
+            _extension.build_on_first_use()
+        else:
+            _extension.require_forced()

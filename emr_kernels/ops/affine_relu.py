@@ -63,7 +63,7 @@ def affine_relu_vjp_reference(
 def affine_relu_jvp_reference(
     u: torch.Tensor, bits: torch.Tensor, scale: _Optional, negative_slope: float, delta: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`affine_relu_jvp` with `delta` in plain PyTorch, for a dense `u` and `delta` in the order of the bits."""
+    """`affine_relu_jvp` with `delta` in plain PyTorch, for dense tensors in the order of the bits."""
     product = _masked(u, bits, negative_slope)
     dscale = (product * delta).sum((0, *range(2, u.dim())))
     if scale is not None:
@@ -152,7 +152,8 @@ def _affine_relu_jvp_out_fake(
 
 
 _affine_relu = _dispatch.define(
-    "affine_relu(Tensor a, Tensor? scale, Tensor? shift, Tensor? skip, float negative_slope) -> (Tensor, Tensor)",
+    "affine_relu(Tensor a, Tensor? scale, Tensor? shift, Tensor? skip, float negative_slope) "
+    "-> (Tensor, Tensor)",
     affine_relu_reference,
     _affine_relu_fake,
 )
@@ -168,12 +169,14 @@ _affine_relu_vjp = _dispatch.define(
     _affine_relu_vjp_fake,
 )
 _affine_relu_vjp_out = _dispatch.define(
-    "affine_relu_vjp_out(Tensor delta, Tensor bits, Tensor? scale, float negative_slope, Tensor(a!) out) -> ()",
+    "affine_relu_vjp_out(Tensor delta, Tensor bits, Tensor? scale, float negative_slope, "
+    "Tensor(a!) out) -> ()",
     _affine_relu_vjp_out_reference,
     _affine_relu_vjp_out_fake,
 )
 _affine_relu_jvp = _dispatch.define(
-    "affine_relu_jvp(Tensor u, Tensor bits, Tensor? scale, float negative_slope, Tensor delta) -> (Tensor, Tensor)",
+    "affine_relu_jvp(Tensor u, Tensor bits, Tensor? scale, float negative_slope, Tensor delta) "
+    "-> (Tensor, Tensor)",
     affine_relu_jvp_reference,
     _affine_relu_jvp_fake,
 )
@@ -232,6 +235,7 @@ def affine_relu(
         _checks.check_like("skip", skip, "a", a)
         skip = to_format(skip, memory_format)
     dense = to_format(a, memory_format)
+    _dispatch.prepare(dense)
     if out is None and bits_out is None:
         return _affine_relu(dense, scale, shift, skip, negative_slope)  # type: ignore[no-any-return]
     if out is None:
@@ -257,14 +261,14 @@ def affine_relu_vjp(
 ) -> torch.Tensor:
     """delta * slope(bits) * scale[c]: the cotangent of `a` (and, without scale, of `skip`).
 
-    slope is 1 where the bit is 1, else negative_slope; a slope of 0 gives exactly 0, also for an infinite delta.
+    slope is 1 where the bit is 1, else negative_slope; a slope of 0 gives 0, also for an infinite delta.
 
     Args:
         delta: the cotangent of y; float32, bfloat16, float16 or float64.
         bits: as `affine_relu` returned them.
         scale: `[C]`, any floating dtype; None: 1.
         negative_slope: slope where the bit is 0.
-        memory_format: the order the bits were packed in; `delta` is brought to it. None: `dense_format(delta)`.
+        memory_format: the order of the bits; `delta` is brought to it. None: `dense_format(delta)`.
         out: where to write the result: dense in that memory format; may be `delta` itself.
 
     Returns:
@@ -281,6 +285,7 @@ def affine_relu_vjp(
     if memory_format is None:
         memory_format = dense_format(delta)
     dense = to_format(delta, memory_format)
+    _dispatch.prepare(dense)
     if out is None:
         return _affine_relu_vjp(dense, bits, scale, negative_slope)  # type: ignore[no-any-return]
     _checks.check_out(out, "delta", delta, memory_format)
@@ -308,12 +313,12 @@ def affine_relu_jvp(
         scale: `[C]`, any floating dtype; None: 1.
         negative_slope: slope where the bit is 0.
         delta: the cotangent of y, like u; None: no dscale.
-        memory_format: the order the bits were packed in; u and delta are brought to it. None: `dense_format(u)`.
+        memory_format: the order of the bits; u and delta are brought to it. None: `dense_format(u)`.
         out: where to write u_out: dense in that memory format; may be `u` or `delta` itself.
 
     Returns:
         u_out: like u, in that memory format.
-        dscale: `[C]`, float32 (float64 for float64), the same for every number of threads; None without delta.
+        dscale: `[C]`, float32 (float64 for float64), whatever the number of threads; None without delta.
 
     Raises:
         TypeError, ValueError: for a wrong dtype, shape, device or layout.
@@ -331,6 +336,7 @@ def affine_relu_jvp(
     if memory_format is None:
         memory_format = dense_format(u)
     dense, delta = to_format(u, memory_format), to_format(delta, memory_format)
+    _dispatch.prepare(dense)
     if out is None:
         return _affine_relu_jvp(dense, bits, scale, negative_slope, delta)  # type: ignore[no-any-return]
     _checks.check_out(out, "u", u, memory_format)

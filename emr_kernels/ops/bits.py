@@ -48,7 +48,9 @@ def pack_bits(mask: torch.Tensor) -> torch.Tensor:
         raise TypeError(f"mask is {type(mask).__name__}; expected a tensor")
     if mask.dtype != torch.bool:
         raise TypeError(f"mask has dtype {mask.dtype}; expected torch.bool")
-    return _pack_bits(to_format(mask, dense_format(mask)))  # type: ignore[no-any-return]
+    dense = to_format(mask, dense_format(mask))
+    _dispatch.prepare(dense)
+    return _pack_bits(dense)  # type: ignore[no-any-return]
 
 
 def unpack_bits(
