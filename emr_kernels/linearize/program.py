@@ -22,6 +22,9 @@ from torch import nn
 from emr_kernels.linearize.fusion import fuse
 from emr_kernels.linearize.graph import Binding, Graph, resolve
 from emr_kernels.linearize.rules import GenericRule, Rule
+from emr_kernels.linearize.rules.convolution import BilinearRule
+from emr_kernels.linearize.rules.normalization import AffineReluRule
+from emr_kernels.linearize.scales import find_scale_sources, smallest_scale
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,8 @@ class Plan:
     keeps_cotangent: list[bool]
     needs_tangent: list[bool]
     first_wanted: int
+    by_identity: dict[int, int]  # BatchNorm's place -> its scale's place among the leaves; see `scales`
+    identity_layers: dict[int, list[int]]  # a layer's place -> the BatchNorms that its weight gradient serves
 
 
 class Point:
@@ -45,6 +50,7 @@ class Point:
         self.operand_dtypes: list[torch.dtype | None] = [None] * calls
         self.device_type = "cpu"
         self.logits = torch.empty(0)
+        self.spared: frozenset[int] = frozenset()  # BatchNorms whose cotangent is not kept
 
 
 class Program:
@@ -64,6 +70,8 @@ class Program:
         self._releases = self._last_uses()
         self._tapped = self._downstream_of_taps()
         self._plans: dict[tuple[bool, ...], Plan] = {}
+        dims = {index: len(shape) for index, shape in graph.shapes.items()}
+        self._scale_sources = find_scale_sources(self.rules, {*taps, graph.output}, dims)
         self._paths = [(binding, binding.name.split(".")) for binding in graph.bindings]
         self.image_like = any("conv2d" in str(rule.node.target) for rule in self.rules)
 
@@ -112,7 +120,29 @@ class Program:
         if not anything and not bends:
             keeps = [False] * len(keeps)
         first = next((place for place, mask in enumerate(masks) if any(mask)), len(masks))
-        return Plan(masks, needs_primal[::-1], keeps[::-1], tangent[::-1], first)
+        by_identity, layers = self._identities(wanted, masks)
+        return Plan(masks, needs_primal[::-1], keeps[::-1], tangent[::-1], first, by_identity, layers)
+
+    def _identities(
+        self, wanted: tuple[bool, ...], masks: list[tuple[bool, ...]]
+    ) -> tuple[dict[int, int], dict[int, list[int]]]:
+        """Which wanted BatchNorm scales can be had from wanted weight gradients."""
+        by_identity: dict[int, int] = {}
+        layers: dict[int, list[int]] = {}
+        for place, source in self._scale_sources.items():
+            norm = self.rules[place]
+            assert isinstance(norm, AffineReluRule)
+            if norm.scale_place is None or not masks[place][norm.scale_place]:
+                continue
+            served = [(layer, self.rules[layer]) for layer in source.layers]
+            if all(
+                isinstance(rule, BilinearRule) and rule.weight_place is not None and masks[layer][rule.weight_place]
+                for layer, rule in served
+            ):
+                by_identity[place] = self._leaf_place[norm.node.weights[norm.scale_place]]
+                for layer in source.layers:
+                    layers.setdefault(layer, []).append(place)
+        return by_identity, layers
 
     def bind(self, model: nn.Module, batch: int) -> list[Any]:
         """Values of everything that does not depend on the data of x, from the live model.
@@ -168,7 +198,20 @@ class Program:
                 for ref in self._releases[place]:
                     values[ref] = None
         point.logits = values[graph.output]
+        point.spared = self._spared(point)
         return point
+
+    def _spared(self, point: Point) -> frozenset[int]:
+        """The BatchNorms whose scale gradient comes by identity: none of their scales is near zero.
+
+        On a GPU that look would wait for the device, so there every cotangent is kept.
+        """
+        places = list(point.plan.by_identity)
+        if not places or point.device_type != "cpu":
+            return frozenset()
+        smallest = torch.stack([point.residuals[place].affine.scale.abs().min() for place in places]).tolist()
+        limits = [smallest_scale(point.dtypes[self.rules[place].node.index]) for place in places]
+        return frozenset(p for p, low, limit in zip(places, smallest, limits, strict=True) if low > limit)
 
     def _laid_out(self, x: torch.Tensor) -> torch.Tensor:
         """x in the memory format that the convolution library is fastest in."""
@@ -204,7 +247,7 @@ class Program:
                 cotangents[index] = None
                 if index in self.taps:
                     at_taps[index] = cotangent
-                if keep and plan.keeps_cotangent[place]:
+                if keep and plan.keeps_cotangent[place] and place not in point.spared:
                     kept[place] = cotangent
                 if not any(ref in self._tapped for ref in rule.node.active):
                     continue
@@ -272,6 +315,7 @@ class Program:
                     )
                     out = result.tangent
                     self._collect(grads, place, result.param_grads)
+                    self._collect_scales(grads, point, place, result.param_grads)
                     for ref, term in zip(node.active, result.adjoint, strict=True):
                         if term is not None:
                             adjoints[ref] = _add(adjoints[ref], term, point.dtypes[ref], False)
@@ -306,6 +350,26 @@ class Program:
             for ref, term in zip(rule.node.active, terms, strict=True):
                 if term is not None:
                     adjoints[ref] = _add(adjoints[ref], term, point.dtypes[ref], rule.fresh)
+
+    def _collect_scales(
+        self, grads: list[torch.Tensor | None], point: Point, place: int, found: Sequence[torch.Tensor | None]
+    ) -> None:
+        """BatchNorm scales' gradients from this layer's weight gradient."""
+        layer = self.rules[place]
+        for norm in point.plan.identity_layers.get(place, ()):
+            if norm not in point.spared:
+                continue
+            assert isinstance(layer, BilinearRule) and layer.weight_place is not None
+            weight_grad = found[layer.weight_place]
+            assert weight_grad is not None
+            products = layer.channel_products(
+                point.residuals[place], weight_grad, self._scale_sources[norm].reads
+            )
+            affine = point.residuals[norm].affine
+            grad = products * (affine.inverse_std / affine.scale)
+            leaf = point.plan.by_identity[norm]
+            held = grads[leaf]
+            grads[leaf] = grad if held is None else held + grad
 
     def _collect(
         self, grads: list[torch.Tensor | None], place: int, found: Sequence[torch.Tensor | None]

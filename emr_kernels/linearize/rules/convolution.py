@@ -30,15 +30,27 @@ def _shape_of(tensor: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(tensor, device="meta")
 
 
-class _BilinearRule(Rule):
+class BilinearRule(Rule):
     """Shared by all layers y = W * a + b: `_weight_grad(δ, a)` serves both ⟨δ, W u⟩ and the primal."""
 
     matmul = True
     fresh = True
+    weight_dims = 0
+    """Dimensions of the weight where the rule knows them (2: a linear layer)."""
 
     @classmethod
     def accepts(cls, node: Node) -> bool:
         return node.active == (node.args[0].index,) if node.is_active(0) else False
+
+    @property
+    def weight_place(self) -> int | None:
+        """Which of `node.weights` is the weight; None if it is a constant."""
+        positions = self._positions()
+        return positions.index(1) if 1 in positions else None
+
+    def channel_products(self, residual: Any, weight_grad: torch.Tensor, reads: bool) -> torch.Tensor:
+        """⟨W, dW⟩ over the weights that read each input channel (or write each output channel)."""
+        raise NotImplementedError
 
     def _positions(self) -> list[int]:
         """For each of `node.weights`, 1 for the weight and 2 for the bias."""
@@ -83,7 +95,7 @@ class _BilinearRule(Rule):
     aten.conv_transpose3d.input,
     aten.convolution.default,
 )
-class ConvolutionRule(_BilinearRule):
+class ConvolutionRule(BilinearRule):
     """Every convolution, plain or transposed."""
 
     def __init__(self, node: Node) -> None:
@@ -152,6 +164,16 @@ class ConvolutionRule(_BilinearRule):
     def _bias_grad(self, cotangent: torch.Tensor) -> torch.Tensor:
         return cotangent.sum((0, *range(2, cotangent.dim())))
 
+    def channel_products(self, residual: _ConvResidual, weight_grad: torch.Tensor, reads: bool) -> torch.Tensor:
+        weight = residual.weight
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        products = weight.to(dtype) * weight_grad
+        _, _, _, transposed, _, groups = residual.options
+        # [groups, first extent in a group, second extent in a group, kernel]
+        grouped = products.reshape(groups, weight.shape[0] // groups, weight.shape[1], -1)
+        first = bool(transposed) == reads
+        return grouped.sum((2, 3) if first else (1, 3)).flatten()
+
 
 class _LinearResidual(NamedTuple):
     weight: torch.Tensor
@@ -159,8 +181,10 @@ class _LinearResidual(NamedTuple):
 
 
 @rule_for(aten.linear.default)
-class LinearRule(_BilinearRule):
+class LinearRule(BilinearRule):
     """y = a Wᵀ + b over the last extent."""
+
+    weight_dims = 2
 
     def forward(self, args: tuple[Any, ...], primal: bool) -> tuple[Any, Any]:
         input, weight, bias = args
@@ -180,6 +204,10 @@ class LinearRule(_BilinearRule):
 
     def _bias_grad(self, cotangent: torch.Tensor) -> torch.Tensor:
         return cotangent.flatten(0, -2).sum(0)
+
+    def channel_products(self, residual: _LinearResidual, weight_grad: torch.Tensor, reads: bool) -> torch.Tensor:
+        dtype = torch.promote_types(residual.weight.dtype, torch.float32)
+        return (residual.weight.to(dtype) * weight_grad).sum(0 if reads else 1)
 
 
 def _extents(value: Any, dims: int) -> list[int]:

@@ -98,6 +98,12 @@ class AffineReluRule(Rule):
         self.call = call
         self.slope = slope
 
+    @property
+    def scale_place(self) -> int | None:
+        """Which of `node.weights` is BatchNorm's weight; None if it is a constant."""
+        places = self._places()
+        return places.index(self.call.weight) if self.call.weight in places else None
+
     def _places(self) -> list[int]:
         places = {arg.index: i for i, arg in enumerate(self.node.args[:5]) if self.node.is_weight(i)}
         return [places[ref] for ref in self.node.weights]
