@@ -14,6 +14,8 @@ import torch
 from emr_kernels import _extension
 
 library = torch.library.Library("emr", "DEF")
+#: Every operator defined so far, by name without the namespace.
+operators: dict[str, Any] = {}
 _TAGS = (torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag)
 
 
@@ -23,7 +25,8 @@ def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any])
     library.define(schema, tags=_TAGS)
     library.impl(name, reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"emr::{name}", fake, lib=library)
-    return getattr(torch.ops.emr, name).default
+    operators[name] = getattr(torch.ops.emr, name).default
+    return operators[name]
 
 
 def prepare(tensor: torch.Tensor) -> None:
@@ -33,3 +36,13 @@ def prepare(tensor: torch.Tensor) -> None:
             _extension.build_on_first_use()
         else:
             _extension.require_forced()
+
+
+def serving(name: str, device: str) -> tuple[str, str]:
+    """Which backend serves an operator on a device type, and why."""
+    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device)
+    if key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(f"emr::{name}", key):
+        return device, "forced by EMR_BACKEND" if _extension.forced else "compiled and loaded"
+    if device == "cpu":
+        return "reference", _extension.reason or "not part of the loaded library"
+    return "reference", f"no compiled kernel for {device}"

@@ -1,0 +1,112 @@
+"""What is installed here, how it was built, and which backend serves which operator."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from emr_kernels import _extension
+from emr_kernels.ops import _dispatch
+
+
+@dataclass(frozen=True)
+class OperatorInfo:
+    """Which backend serves one operator on one type of device, and why."""
+
+    operator: str
+    device: str
+    backend: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Info:
+    """The state of this installation; `str()` prints it as a table.
+
+    Attributes:
+        version: of this package.
+        python, torch, platform: of the environment.
+        devices: the devices torch sees, each with its name.
+        threads: threads of CPU operators.
+        forced_backend: what EMR_BACKEND says, None for the best available.
+        library: path of the compiled operators, None without them.
+        reason: why there are none, None with them.
+        build: facts of the build: version, torch, compiler, instruction_sets compiled in, the instruction_set
+            this processor gets, cuda. Empty without compiled operators.
+        operators: one entry for each operator and type of device.
+    """
+
+    version: str
+    python: str
+    torch: str
+    platform: str
+    devices: tuple[str, ...]
+    threads: int
+    forced_backend: str | None
+    library: str | None
+    reason: str | None
+    build: Mapping[str, Any]
+    operators: tuple[OperatorInfo, ...]
+
+    def __str__(self) -> str:
+        build = self.build
+        rows = [
+            ("emr_kernels", self.version),
+            ("python", self.python),
+            ("torch", self.torch),
+            ("platform", self.platform),
+            *(("device", device) for device in self.devices),
+            ("threads", str(self.threads)),
+            ("EMR_BACKEND", self.forced_backend or "unset (the best available)"),
+            ("library", self.library or f"none: {self.reason}"),
+        ]
+        if build:
+            sets = ", ".join(build["instruction_sets"])
+            rows += [
+                ("built by", f"{build['compiler']} for torch {build['torch']}"),
+                ("instructions", f"{build['instruction_set']} (of {sets})"),
+                ("CUDA kernels", "built" if build["cuda"] else "not built"),
+            ]
+        width = max(len(name) for name, _ in rows)
+        lines = [f"{name:<{width}}  {value}" for name, value in rows]
+        name_width = max(len(entry.operator) for entry in self.operators)
+        lines += ["", f"{'operator':<{name_width}}  {'device':<6}  {'backend':<9}  why"]
+        lines += [
+            f"{entry.operator:<{name_width}}  {entry.device:<6}  {entry.backend:<9}  {entry.why}"
+            for entry in self.operators
+        ]
+        return "\n".join(lines)
+
+
+def _devices() -> tuple[str, ...]:
+    cpu = f"cpu: {platform.processor() or platform.machine()}"
+    if not torch.cuda.is_available():
+        return (cpu,)
+    return (cpu, *(f"cuda:{i}: {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())))
+
+
+def info() -> Info:
+    """Versions, build, devices, and which backend serves which operator and why. Builds and changes nothing."""
+    facts = _extension.facts_module()
+    types = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    return Info(
+        version=_extension.package_version(),
+        python=platform.python_version(),
+        torch=torch.__version__,
+        platform=platform.platform(),
+        devices=_devices(),
+        threads=torch.get_num_threads(),
+        forced_backend=_extension.forced,
+        library=None if _extension.library is None else str(_extension.library),
+        reason=_extension.reason,
+        build={} if facts is None else facts.facts(),
+        operators=tuple(
+            OperatorInfo(name, device, *_dispatch.serving(name, device))
+            for name in _dispatch.operators
+            for device in types
+        ),
+    )
