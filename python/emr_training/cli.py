@@ -41,7 +41,8 @@ def with_config_options(command: Callable[..., None]) -> Callable[..., None]:
     for name, field in TrainConfig.model_fields.items():
         default = "none" if field.default is None else str(field.default)
         option = typer.Option(help=field.description, show_default=default)
-        annotation = Annotated[field.annotation | None, option]
+        kind: Any = field.annotation
+        annotation: Any = Annotated[kind | None, option]
         flags.append(
             inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
         )
@@ -139,14 +140,14 @@ def evaluate(
     loaded = load_checkpoint(checkpoint)
     test = load_digits(loaded.config.seed).test
     result = evaluation.evaluate(loaded.model, test, epsilon, attack)
-    console.print(evaluation_table({loaded.config.method: result}, f"PGD-{steps}, {restarts} restarts"))
+    console.print(evaluation_table({loaded.config.method: result}, f"PGD-{steps}"))
     low, high = result.clean.interval()
     intervals = [f"clean {100 * low:.1f} to {100 * high:.1f}%"]
     for radius, accuracy in result.robust.items():
         low, high = accuracy.interval()
         intervals.append(f"ε = {radius:g} {100 * low:.1f} to {100 * high:.1f}%")
     console.print(
-        f"{len(test)} test digits; 95% intervals: {', '.join(intervals)}", style="dim", highlight=False
+        f"{len(test)} test digits, {restarts} restarts; 95% intervals: {', '.join(intervals)}", style="dim", highlight=False
     )
     if output is not None:
         record = {

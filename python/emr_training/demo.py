@@ -151,7 +151,7 @@ def _draw(output: Path, outcomes: dict[str, Outcome], splits: Splits, settings: 
         output / "robust_accuracy.png",
         curves,
         settings.epsilons,
-        f"{_attack_name(settings)}, {test}. Bands: one binomial standard error.",
+        f"{_attack_name(settings)}, {test}. Bands: one binomial standard error. Dotted: the table's ε.",
     )
     histories = {name: outcome.trained.history for name, outcome in outcomes.items()}
     epsilon = outcomes["AT"].config.epsilon

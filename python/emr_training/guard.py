@@ -39,8 +39,8 @@ def left_as_found(model: nn.Module, device: torch.device) -> Iterator[nn.Module]
             p.grad = grad
         with torch.no_grad():
             for b, value in buffers:
-                # By value: BatchNorm's update of its statistics does not count as a new version. And only where
-                # it changed: writing would invalidate a graph that the caller has yet to differentiate.
+                # By value: BatchNorm's update of its statistics does not count as a new version. And only
+                # where it changed: writing would invalidate a graph the caller has yet to differentiate.
                 if not torch.equal(b, value):
                     b.copy_(value)
 

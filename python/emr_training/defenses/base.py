@@ -32,7 +32,10 @@ class Defense(Protocol):
     start.
     """
 
-    penalties: Sequence[Penalty]
+    @property
+    def penalties(self) -> Sequence[Penalty]:
+        """The penalties that are added to the defense's own terms."""
+        ...
 
     def __call__(
         self, model: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None

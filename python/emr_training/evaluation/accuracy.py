@@ -68,9 +68,9 @@ def robust_curve(
 ) -> list[tuple[float, Accuracy]]:
     """Robust accuracy at epsilon = 0, spacing, 2 * spacing, ... until none is right, or to 1.
 
-    The attack's step size must be None, so that it grows with epsilon. `known` holds accuracies under the same
-    attack that need no second run. An accuracy that stays above zero at epsilon = 1, where every image can become
-    any other, means that the attack fails, not that the model is robust.
+    The attack's step size must be None, so that it grows with epsilon. `known` holds accuracies under the
+    same attack that need no second run. An accuracy that stays above zero at epsilon = 1, where every image
+    can become any other, means that the attack fails, not that the model is robust.
     """
     if attack.step_size is not None:
         raise ValueError(
@@ -86,8 +86,9 @@ def robust_curve(
 
 
 def _parts(data: Data, batch_size: int) -> Iterator[Data]:
-    for x, y in zip(data.x.split(batch_size), data.y.split(batch_size), strict=True):
-        yield Data(x, y)
+    for start in range(0, len(data), batch_size):
+        part = slice(start, start + batch_size)
+        yield Data(data.x[part], data.y[part])
 
 
 def _correct(model: nn.Module, data: Data) -> int:

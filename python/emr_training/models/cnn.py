@@ -27,4 +27,5 @@ class SmallCNN(nn.Module):
         self.classifier = nn.Linear(2 * width * ((height + 1) // 2) * ((width_px + 1) // 2), classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.classifier(self.features(x).flatten(1))
+        logits: Tensor = self.classifier(self.features(x).flatten(1))
+        return logits

@@ -37,4 +37,5 @@ class EMR:
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         """The penalty at images x [N, ...] with labels y [N], a scalar without the strength."""
-        return self.penalty(x, y)
+        value: Tensor = self.penalty(x, y)
+        return value
