@@ -80,7 +80,7 @@ def test_layers_that_read_one_tensor(entry_id: str, layers: tuple[str, ...]) -> 
 
 
 def test_layer_at_an_in_place_activation() -> None:
-    """The input of an in-place module is what went in, as in the same net with the activation out of place."""
+    """The input of an in-place module is what went in, as with the activation out of place."""
     entry = zoo.get("act_relu_inplace")
     model, (x, _) = entry.make(), entry.data()
     twin = entry.make()

@@ -115,3 +115,30 @@ def test_fully_frozen_models_have_a_gradient_in_x_alone(entry_id: str) -> None:
     check(entry, model, EffectiveWeightPenalty(model, temperature=TEMPERATURE), entry.batch)
     assert gradients(model) == {}
     assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-300, 1e-14, 1e-7])
+def test_batchnorm_scales_at_and_near_zero(scale: float) -> None:
+    """As after pruning or in a zero-initialised residual branch: every scale keeps its exact gradient."""
+    entry = zoo.get("wrn_16_4_leaky_channel_padding")
+    model, (x, _) = entry.make(), entry.data()
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    with torch.no_grad():
+        for norm in norms:
+            norm.weight[1] = scale
+        norms[1].weight.fill_(scale)
+    reference = double_backward(model, x, temperature=TEMPERATURE)
+    EffectiveWeightPenalty(model, temperature=TEMPERATURE)(x).backward()
+    assert_gradients_match(model, reference.grads)
+    assert any(norm.weight.grad[1] != 0 for norm in norms)  # type: ignore[index]
+
+
+def test_several_threads() -> None:
+    entry = zoo.get("wrn_16_4")
+    model = entry.shared()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        check(entry, model, EffectiveWeightPenalty(model, temperature=TEMPERATURE), entry.batch)
+    finally:
+        torch.set_num_threads(threads)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
 
 from zoo.entry import CLASSES, Entry
@@ -43,6 +43,10 @@ def weight_norm_by_hook(m: Dense) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         nn.utils.weight_norm(m.a)
+
+
+def pruned(m: Dense) -> None:
+    prune.random_unstructured(m.a, "weight", 0.4)
 
 
 def orthogonal(m: Dense) -> None:
@@ -301,6 +305,7 @@ def _normalised(m: Dense, x: Tensor) -> Tensor:
 ENTRIES = [
     _dense("weight_norm", setup=weight_norm, piecewise_linear=True),
     _dense("weight_norm_by_hook", setup=weight_norm_by_hook, engine="any", piecewise_linear=True),
+    _dense("pruned", setup=pruned, engine="any", piecewise_linear=True),
     _dense("orthogonal_parametrization", setup=orthogonal, engine="any", piecewise_linear=True),
     Entry("spectral_norm", spectral_norm, (3, 6, 6), piecewise_linear=True),
     _dense("tied_parameters", tied_forward, tied_parameters, piecewise_linear=True),

@@ -210,6 +210,14 @@ class SqueezeExcite(nn.Module):
         return self.fc((h * gate).mean(dim=(-2, -1)))
 
 
+def shared_batchnorm() -> nn.Module:
+    """One BatchNorm registered twice: its buffers have two names."""
+    norm = nn.BatchNorm2d(4)
+    first, second = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+    head = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, CLASSES))
+    return nn.Sequential(first, norm, nn.ReLU(), second, norm, nn.ReLU(), *head)
+
+
 class UNet(nn.Module):
     """Down and up again with a skip: max-pool, transposed convolution, interpolation, concatenation."""
 
@@ -266,5 +274,6 @@ ENTRIES = [
     ),
     Entry("densenet", DenseNet, (3, 6, 6), piecewise_linear=True, layers=("norms.1", "transition", "fc")),
     Entry("squeeze_excite", SqueezeExcite, (3, 6, 6), layers=("down", "fc")),
+    Entry("shared_batchnorm", shared_batchnorm, (3, 6, 6), piecewise_linear=True),
     Entry("unet", UNet, (3, 8, 8), piecewise_linear=True),
 ]
