@@ -21,9 +21,7 @@ def check_like(name: str, tensor: torch.Tensor, like_name: str, like: torch.Tens
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{name} is {type(tensor).__name__}; expected a tensor")
     if tensor.shape != like.shape:
-        raise ValueError(
-            f"{name} has shape {tuple(tensor.shape)}; expected {tuple(like.shape)}, that of {like_name}"
-        )
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected {tuple(like.shape)}, that of {like_name}")
     if tensor.dtype != like.dtype:
         raise TypeError(f"{name} has dtype {tensor.dtype}; expected {like.dtype}, that of {like_name}")
     if tensor.device != like.device:
@@ -34,13 +32,9 @@ def check_channels(name: str, vector: torch.Tensor, like_name: str, like: torch.
     """A floating vector with one value for each channel (dimension 1) of another tensor."""
     check_floating(name, vector)
     if like.dim() < 2:
-        raise ValueError(
-            f"{like_name} has shape {tuple(like.shape)}; expected [N, C, ...] where {name} is given"
-        )
+        raise ValueError(f"{like_name} has shape {tuple(like.shape)}; expected [N, C, ...] where {name} is given")
     if vector.shape != like.shape[1:2]:
-        raise ValueError(
-            f"{name} has shape {tuple(vector.shape)}; expected ({like.shape[1]},), one for each channel"
-        )
+        raise ValueError(f"{name} has shape {tuple(vector.shape)}; expected ({like.shape[1]},), one for each channel")
     if vector.device != like.device:
         raise ValueError(f"{name} is on device {vector.device}; expected {like.device}, that of {like_name}")
 
@@ -61,9 +55,7 @@ def check_bits(name: str, bits: torch.Tensor, like_name: str, like: torch.Tensor
         raise ValueError(f"{name} is on device {bits.device}; expected {like.device}, that of {like_name}")
 
 
-def check_out(
-    out: torch.Tensor, like_name: str, like: torch.Tensor, memory_format: torch.memory_format
-) -> None:
+def check_out(out: torch.Tensor, like_name: str, like: torch.Tensor, memory_format: torch.memory_format) -> None:
     """A result buffer that is dense in the wanted order."""
     check_like("out", out, like_name, like)
     if not out.is_contiguous(memory_format=memory_format):

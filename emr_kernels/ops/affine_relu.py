@@ -26,11 +26,7 @@ def _channelwise(vector: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 def _masked(vector: torch.Tensor, bits: torch.Tensor, negative_slope: float) -> torch.Tensor:
     """vector * slope(bits) in the computation's dtype; exactly 0 where the slope is."""
     wide = vector.to(_compute_dtype(vector))
-    other = (
-        wide * negative_slope
-        if negative_slope != 0
-        else torch.zeros((), dtype=wide.dtype, device=wide.device)
-    )
+    other = wide * negative_slope if negative_slope != 0 else torch.zeros((), dtype=wide.dtype, device=wide.device)
     return torch.where(unpack_bits_reference(bits, vector), wide, other)
 
 
@@ -152,8 +148,7 @@ def _affine_relu_jvp_out_fake(
 
 
 _affine_relu = _dispatch.define(
-    "affine_relu(Tensor a, Tensor? scale, Tensor? shift, Tensor? skip, float negative_slope) "
-    "-> (Tensor, Tensor)",
+    "affine_relu(Tensor a, Tensor? scale, Tensor? shift, Tensor? skip, float negative_slope) -> (Tensor, Tensor)",
     affine_relu_reference,
     _affine_relu_fake,
 )
@@ -169,14 +164,12 @@ _affine_relu_vjp = _dispatch.define(
     _affine_relu_vjp_fake,
 )
 _affine_relu_vjp_out = _dispatch.define(
-    "affine_relu_vjp_out(Tensor delta, Tensor bits, Tensor? scale, float negative_slope, "
-    "Tensor(a!) out) -> ()",
+    "affine_relu_vjp_out(Tensor delta, Tensor bits, Tensor? scale, float negative_slope, Tensor(a!) out) -> ()",
     _affine_relu_vjp_out_reference,
     _affine_relu_vjp_out_fake,
 )
 _affine_relu_jvp = _dispatch.define(
-    "affine_relu_jvp(Tensor u, Tensor bits, Tensor? scale, float negative_slope, Tensor delta) "
-    "-> (Tensor, Tensor)",
+    "affine_relu_jvp(Tensor u, Tensor bits, Tensor? scale, float negative_slope, Tensor delta) -> (Tensor, Tensor)",
     affine_relu_jvp_reference,
     _affine_relu_jvp_fake,
 )
@@ -193,7 +186,8 @@ def _coefficients(name: str, vector: _Optional, like_name: str, like: torch.Tens
     if vector is None:
         return None
     _checks.check_channels(name, vector, like_name, like)
-    return vector.to(_compute_dtype(like)).contiguous()
+    dtype = _compute_dtype(like)
+    return (vector if vector.dtype == dtype else vector.to(dtype)).contiguous()
 
 
 def affine_relu(

@@ -77,7 +77,5 @@ def unpack_bits(
     like = torch.empty(tuple(shape), device="meta", memory_format=memory_format)
     size = (like.numel() + 7) // 8
     if bits.shape != (size,):
-        raise ValueError(
-            f"bits has shape {tuple(bits.shape)}; expected ({size},) for a mask of {tuple(shape)}"
-        )
+        raise ValueError(f"bits has shape {tuple(bits.shape)}; expected ({size},) for a mask of {tuple(shape)}")
     return unpack_bits_reference(bits, like)
