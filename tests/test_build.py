@@ -20,7 +20,7 @@ def interpreter(folder: Path, packages: Path) -> str:
     """A stand-in for an interpreter that sees the packages of one folder only."""
     script = folder / "python"
     script.write_text(
-        f"#!/bin/sh\nexec \"{sys.executable}\" -S -c \"import sys; sys.path.insert(0, '{packages}'); exec(sys.argv[1])\" "
+        f'#!/bin/sh\nexec "{sys.executable}" -S -c "import sys; sys.path.insert(0, \'{packages}\'); exec(sys.argv[1])" '
         '"$2"\n'
     )
     script.chmod(0o755)

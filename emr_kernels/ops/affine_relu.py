@@ -231,7 +231,7 @@ def affine_relu(
     dense = to_format(a, memory_format)
     _dispatch.prepare(dense)
     if out is None and bits_out is None:
-        return _affine_relu(dense, scale, shift, skip, negative_slope)  # type: ignore[no-any-return]
+        return _affine_relu(dense, scale, shift, skip, negative_slope)
     if out is None:
         out = torch.empty_like(dense)
     else:
@@ -281,7 +281,7 @@ def affine_relu_vjp(
     dense = to_format(delta, memory_format)
     _dispatch.prepare(dense)
     if out is None:
-        return _affine_relu_vjp(dense, bits, scale, negative_slope)  # type: ignore[no-any-return]
+        return _affine_relu_vjp(dense, bits, scale, negative_slope)
     _checks.check_out(out, "delta", delta, memory_format)
     _affine_relu_vjp_out(dense, bits, scale, negative_slope, out)
     return out
@@ -332,6 +332,6 @@ def affine_relu_jvp(
     dense, delta = to_format(u, memory_format), to_format(delta, memory_format)
     _dispatch.prepare(dense)
     if out is None:
-        return _affine_relu_jvp(dense, bits, scale, negative_slope, delta)  # type: ignore[no-any-return]
+        return _affine_relu_jvp(dense, bits, scale, negative_slope, delta)
     _checks.check_out(out, "u", u, memory_format)
     return out, _affine_relu_jvp_out(dense, bits, scale, negative_slope, delta, out)

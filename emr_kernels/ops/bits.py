@@ -50,7 +50,7 @@ def pack_bits(mask: torch.Tensor) -> torch.Tensor:
         raise TypeError(f"mask has dtype {mask.dtype}; expected torch.bool")
     dense = to_format(mask, dense_format(mask))
     _dispatch.prepare(dense)
-    return _pack_bits(dense)  # type: ignore[no-any-return]
+    return _pack_bits(dense)
 
 
 def unpack_bits(
