@@ -25,27 +25,21 @@ console = Console()
 
 ConfigFile = Annotated[
     Path | None,
-    typer.Option(
-        "--config", help="JSON file of options, by their names here with underscores; flags override it."
-    ),
+    typer.Option("--config", help="JSON file of options, by their names here with underscores; flags override it."),
 ]
 Output = Annotated[Path, typer.Option(help="Folder for the checkpoint and metrics.")]
 
 
 def with_config_options(command: Callable[..., None]) -> Callable[..., None]:
     """Give `command(..., **options)` a flag for each field of TrainConfig; flags not given are left out."""
-    own = [
-        p for p in inspect.signature(command, eval_str=True).parameters.values() if p.kind != p.VAR_KEYWORD
-    ]
+    own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.kind != p.VAR_KEYWORD]
     flags = []
     for name, field in TrainConfig.model_fields.items():
         default = "none" if field.default is None else str(field.default)
         option = typer.Option(help=field.description, show_default=default)
         kind: Any = field.annotation
         annotation: Any = Annotated[kind | None, option]
-        flags.append(
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
-        )
+        flags.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation))
 
     def run(**arguments: Any) -> None:
         kept = {p.name: arguments.pop(p.name) for p in own}
@@ -103,13 +97,9 @@ def train(config: ConfigFile = None, output: Output = Path("runs/train"), **opti
 
 @app.command()
 def demo(
-    output: Annotated[Path, typer.Option(help="Folder for figures, checkpoints and results.json.")] = Path(
-        "runs/demo"
-    ),
+    output: Annotated[Path, typer.Option(help="Folder for figures, checkpoints and results.json.")] = Path("runs/demo"),
     seed: Annotated[int, typer.Option(min=0, help="Seed of everything random.")] = 0,
-    epochs: Annotated[
-        int, typer.Option(min=1, help="Epochs of every run, also while choosing settings.")
-    ] = 40,
+    epochs: Annotated[int, typer.Option(min=1, help="Epochs of every run, also while choosing settings.")] = 40,
 ) -> None:
     """Compare standard, EMR, AT and AT-EMR training on real digits: one table, three figures."""
     from emr_training.demo import DemoSettings, run_demo
@@ -147,7 +137,9 @@ def evaluate(
         low, high = accuracy.interval()
         intervals.append(f"ε = {radius:g} {100 * low:.1f} to {100 * high:.1f}%")
     console.print(
-        f"{len(test)} test digits, {restarts} restarts; 95% intervals: {', '.join(intervals)}", style="dim", highlight=False
+        f"{len(test)} test digits, {restarts} restarts; 95% intervals: {', '.join(intervals)}",
+        style="dim",
+        highlight=False,
     )
     if output is not None:
         record = {

@@ -26,36 +26,24 @@ class TrainConfig(BaseModel):
     method: Method = Field(
         "standard", description="Training method: plain or adversarial (at), each with or without EMR."
     )
-    data: Literal["digits"] = Field(
-        "digits", description="Data set: scikit-learn's bundled digits, 8x8 pixels."
-    )
+    data: Literal["digits"] = Field("digits", description="Data set: scikit-learn's bundled digits, 8x8 pixels.")
     model: Literal["mlp", "cnn"] = Field("mlp", description="Classifier.")
     epochs: int = Field(40, ge=1, description="Passes over the training split.")
     batch_size: int = Field(64, ge=1, description="Samples a step; also the N of EMR's paper reduction.")
-    learning_rate: float = Field(
-        0.1, gt=0, description="Initial SGD learning rate, annealed to 0 by a half cosine."
-    )
+    learning_rate: float = Field(0.1, gt=0, description="Initial SGD learning rate, annealed to 0 by a half cosine.")
     momentum: float = Field(0.9, ge=0, lt=1, description="SGD momentum.")
     weight_decay: float = Field(5e-4, ge=0, description="SGD weight decay.")
     strength: float = Field(3.0, ge=0, description="EMR: weight of the penalty.")
-    temperature: float = Field(
-        1.0, gt=0, description="EMR: temperature of the softmax that mixes effective weights."
-    )
+    temperature: float = Field(1.0, gt=0, description="EMR: temperature of the softmax that mixes effective weights.")
     center: bool = Field(False, description="EMR: leave the mean logit's part out of the mix.")
-    epsilon: float = Field(
-        0.15, ge=0, le=1, description="AT: radius of the Linf ball, in units of the [0, 1] pixels."
-    )
+    epsilon: float = Field(0.15, ge=0, le=1, description="AT: radius of the Linf ball, in units of the [0, 1] pixels.")
     attack_steps: int = Field(7, ge=1, description="AT: PGD steps.")
     attack_step_size: float | None = Field(
         None, gt=0, description="AT: PGD step size in the same units; 2.5 * epsilon / steps by default."
     )
-    seed: int = Field(
-        0, ge=0, description="Seed of the split, initial weights, order of batches and random starts."
-    )
+    seed: int = Field(0, ge=0, description="Seed of the split, initial weights, order of batches and random starts.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where to train.")
-    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = Field(
-        "32-true", description="Fabric precision."
-    )
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = Field("32-true", description="Fabric precision.")
 
     @property
     def adversarial(self) -> bool:
@@ -89,9 +77,7 @@ def read_config(path: Path) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path} is not JSON: {error}") from None
     if not isinstance(options, dict):
-        raise ConfigError(
-            f"{path} holds a {type(options).__name__}; expected an object of option names and values"
-        )
+        raise ConfigError(f"{path} holds a {type(options).__name__}; expected an object of option names and values")
     return options
 
 
@@ -99,7 +85,5 @@ def _explain(fault: Any) -> str:
     name = ".".join(str(part) for part in fault["loc"])
     if fault["type"] == "extra_forbidden":
         return f"unknown option {name!r}; {nearest(name, list(TrainConfig.model_fields))}"
-    expected = (
-        fault["msg"].replace("Input should be", "expected").replace("Field required", "expected a value")
-    )
+    expected = fault["msg"].replace("Input should be", "expected").replace("Field required", "expected a value")
     return f"{name} is {fault['input']!r}; {expected}"

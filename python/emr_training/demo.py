@@ -232,8 +232,7 @@ def _print(
         "ε is an L∞ radius in units of the [0, 1] pixels.",
         "Effective margin and weight norm (L2) are medians at the clean test images; the norm is that of the "
         "class mix softmax(logits).",
-        f"λ (strength) and T (temperature) were chosen on {len(splits.validation)} validation digits: "
-        f"{CRITERION}.",
+        f"λ (strength) and T (temperature) were chosen on {len(splits.validation)} validation digits: {CRITERION}.",
         f"{seconds:.0f} s in all; EMR's engine: {outcomes['EMR'].trained.engine}. "
         f"Figures, checkpoints and results.json are in {output}.",
     ]

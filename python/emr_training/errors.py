@@ -18,9 +18,7 @@ def nearest(name: str, valid: list[str]) -> str:
 def check_number(name: str, value: float, *, low: float = -math.inf, high: float = math.inf) -> None:
     """Raise ValueError unless `value` is a finite number in [low, high]."""
     if not math.isfinite(value) or not low <= value <= high:
-        expected = (
-            f"a number in [{low:g}, {high:g}]" if math.isfinite(high) else f"a finite number >= {low:g}"
-        )
+        expected = f"a number in [{low:g}, {high:g}]" if math.isfinite(high) else f"a finite number >= {low:g}"
         raise ValueError(f"{name} is {value!r}; expected {expected}")
 
 
@@ -39,9 +37,7 @@ def check_images(x: Tensor, y: Tensor) -> None:
     """
     if not isinstance(x, Tensor) or not x.is_floating_point():
         got = x.dtype if isinstance(x, Tensor) else type(x).__name__
-        raise TypeError(
-            f"x is of type {got}; expected a floating-point tensor [N, ...] with values in [0, 1]"
-        )
+        raise TypeError(f"x is of type {got}; expected a floating-point tensor [N, ...] with values in [0, 1]")
     if x.dim() < 2:
         raise ValueError(f"x has shape {list(x.shape)}; expected a batch [N, ...] of at least 2 dimensions")
     if not isinstance(y, Tensor) or y.dtype != torch.int64:
@@ -64,19 +60,10 @@ def check_images(x: Tensor, y: Tensor) -> None:
 
 def check_logits(logits: Tensor, y: Tensor) -> None:
     """Raise ValueError unless `logits` is [N, C] with C >= 2 and no NaN, and every label in y is below C."""
-    if (
-        not isinstance(logits, Tensor)
-        or logits.dim() != 2
-        or logits.shape[0] != y.shape[0]
-        or logits.shape[1] < 2
-    ):
+    if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[0] != y.shape[0] or logits.shape[1] < 2:
         got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise ValueError(
-            f"the model's output is {got}; expected logits [{y.shape[0]}, C] with C >= 2 classes"
-        )
+        raise ValueError(f"the model's output is {got}; expected logits [{y.shape[0]}, C] with C >= 2 classes")
     if bool(logits.isnan().any()):
         raise ValueError("the model's output has NaN; expected numbers, as NaN logits count for no class")
     if y.numel() and int(y.max()) >= logits.shape[1]:
-        raise ValueError(
-            f"y has the label {int(y.max())}; expected labels below the model's {logits.shape[1]} classes"
-        )
+        raise ValueError(f"y has the label {int(y.max())}; expected labels below the model's {logits.shape[1]} classes")

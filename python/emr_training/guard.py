@@ -15,12 +15,11 @@ from torch.nn.parallel import DistributedDataParallel
 def left_as_found(model: nn.Module, device: torch.device) -> Iterator[nn.Module]:
     """The model in evaluation mode, parameters frozen; all as it was on leaving, also by an exception.
 
-    Restored are: each module's training flag, each parameter's requires_grad and .grad, each buffer (a
-    model may write into its buffers even in evaluation mode), and the global random state of the CPU and of
-    `device`.
+    Restored are: each module's training flag, each parameter's requires_grad, each buffer (a model may write
+    into its buffers even in evaluation mode), and the global random state of the CPU and of `device`.
     """
     modes = [(module, module.training) for module in model.modules()]
-    parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    parameters = [(p, p.requires_grad) for p in model.parameters()]
     buffers = [(b, b.detach().clone()) for b in model.buffers()]
     cuda = [device] if device.type == "cuda" else []
     try:
@@ -28,15 +27,14 @@ def left_as_found(model: nn.Module, device: torch.device) -> Iterator[nn.Module]
             # The flag itself rather than .eval(), which users override to keep some modules in another mode.
             for module, _ in modes:
                 module.training = False
-            for p, _, _ in parameters:
+            for p, _ in parameters:
                 p.requires_grad_(False)
             yield model
     finally:
         for module, training in modes:
             module.training = training
-        for p, requires_grad, grad in parameters:
+        for p, requires_grad in parameters:
             p.requires_grad_(requires_grad)
-            p.grad = grad
         with torch.no_grad():
             for b, value in buffers:
                 # By value: BatchNorm's update of its statistics does not count as a new version. And only

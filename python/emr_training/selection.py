@@ -100,9 +100,7 @@ def _with(config: TrainConfig, strength: float, temperature: float) -> TrainConf
     return make_config({**config.model_dump(), "strength": strength, "temperature": temperature})
 
 
-def _measure(
-    config: TrainConfig, data: Data, validation: Data, classes: int, epsilons: Sequence[float]
-) -> Candidate:
+def _measure(config: TrainConfig, data: Data, validation: Data, classes: int, epsilons: Sequence[float]) -> Candidate:
     try:
         model = train(config, data, None, classes).model
     except TrainingDiverged:

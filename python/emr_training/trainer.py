@@ -73,9 +73,7 @@ def train(
     `data`, and TrainingDiverged naming the epoch and loss when the loss is no longer finite.
     """
     if config.batch_size > len(data):
-        raise ConfigError(
-            f"batch_size is {config.batch_size}; expected at most {len(data)}, the training samples"
-        )
+        raise ConfigError(f"batch_size is {config.batch_size}; expected at most {len(data)}, the training samples")
     started = time.perf_counter()
     fabric = Fabric(accelerator=config.device, devices=1, precision=config.precision)
     fabric.launch()
@@ -118,8 +116,7 @@ def train(
             means = {name: float(total) / count for name, total in sums.items()}
             if not all(map(math.isfinite, means.values())):
                 raise TrainingDiverged(
-                    f"training diverged in epoch {epoch}: losses {means}; "
-                    "try a smaller learning_rate or strength"
+                    f"training diverged in epoch {epoch}: losses {means}; try a smaller learning_rate or strength"
                 )
             metrics = EpochMetrics(
                 epoch,
@@ -132,9 +129,7 @@ def train(
             if on_epoch is not None:
                 on_epoch(metrics)
     engines = {p.engine for p in defense.penalties if isinstance(p, EMR)}
-    return TrainResult(
-        model.eval(), history, engines.pop() if engines else None, time.perf_counter() - started
-    )
+    return TrainResult(model.eval(), history, engines.pop() if engines else None, time.perf_counter() - started)
 
 
 def make_defense(config: TrainConfig, model: nn.Module) -> Defense:

@@ -55,9 +55,7 @@ def test_train_then_evaluate(run, tmp_path: Path, model: str) -> None:
     assert record["environment"]["packages"]["torch"] == torch.__version__
 
     out = tmp_path / "evaluation.json"
-    result = run(
-        "evaluate", str(tmp_path / "model.pt"), "--epsilon", "0.1", "--steps", "3", "--output", str(out)
-    )
+    result = run("evaluate", str(tmp_path / "model.pt"), "--epsilon", "0.1", "--steps", "3", "--output", str(out))
     assert result.exit_code == 0, result.output
     assert "539 test digits, 10 restarts" in result.output and "ε = 0.1" in result.output
     test = json.loads(out.read_text())["test"]

@@ -19,9 +19,7 @@ from emr_training.evaluation import clean_accuracy, robust_accuracy
 @pytest.mark.parametrize("keep", ["best", "last"])
 @pytest.mark.parametrize("random_start", [True, False])
 @pytest.mark.parametrize("epsilon", [0.0, 0.03, 0.3, 2.0])
-def test_stays_in_ball_and_box(
-    net: nn.Module, batch: Data, epsilon: float, random_start: bool, keep: str
-) -> None:
+def test_stays_in_ball_and_box(net: nn.Module, batch: Data, epsilon: float, random_start: bool, keep: str) -> None:
     x_adv = PGD(epsilon, 5, random_start=random_start, keep=keep)(net, batch.x, batch.y)
     assert x_adv.shape == batch.x.shape and x_adv.dtype == batch.x.dtype
     assert not x_adv.requires_grad
@@ -93,6 +91,20 @@ def test_best_returns_the_first_success_and_never_a_weaker_point(net: nn.Module,
     assert (after >= before - 1e-5).all()
     wrong = net(batch.x).argmax(1) != batch.y
     assert torch.equal(x_adv[wrong], batch.x[wrong])
+
+
+def test_a_success_of_lower_loss_replaces_a_failure_of_higher_loss() -> None:
+    class Switch(nn.Module):
+        """Right below 0.6 with nine close rivals, wrong above with one rival, where cross-entropy is lower."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            below = torch.tensor([0.0] + 9 * [-0.1])
+            above = torch.tensor([0.0, 0.5] + 8 * [-10.0])
+            return torch.where(x > 0.6, above, below) + 0 * x
+
+    x, y = torch.full((8, 1), 0.5), torch.zeros(8, dtype=torch.int64)
+    x_adv = PGD(0.5, 1, restarts=20)(Switch(), x, y)
+    assert (x_adv > 0.6).all()
 
 
 def test_last_with_restarts_keeps_the_greatest_loss(robust_net: nn.Module, batch: Data) -> None:
@@ -225,9 +237,7 @@ X, Y = torch.rand(4, 1, 8, 8), torch.arange(4)
     ],
 )
 @pytest.mark.parametrize("keep", ["best", "last"])
-def test_bad_input(
-    net: nn.Module, keep: str, x: Tensor, y: Tensor, error: type[Exception], message: str
-) -> None:
+def test_bad_input(net: nn.Module, keep: str, x: Tensor, y: Tensor, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         PGD(0.1, keep=keep)(net, x, y)
 

@@ -30,15 +30,11 @@ def test_same_seed_same_weights(splits: Splits, method: str, model: str) -> None
 
 
 def test_another_seed_other_weights(splits: Splits) -> None:
-    models = [
-        train(make_config({"epochs": 1, "seed": seed}), splits.train, None, 10).model for seed in (0, 1)
-    ]
+    models = [train(make_config({"epochs": 1, "seed": seed}), splits.train, None, 10).model for seed in (0, 1)]
     assert not torch.equal(next(models[0].parameters()), next(models[1].parameters()))
 
 
-def test_methods_start_alike_and_see_the_same_batches(
-    splits: Splits, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_methods_start_alike_and_see_the_same_batches(splits: Splits, monkeypatch: pytest.MonkeyPatch) -> None:
     starts, orders = [], []
     make_defense = trainer.make_defense
 
@@ -98,9 +94,7 @@ def test_adversarial_training_helps(net: nn.Module, robust_net: nn.Module, split
 
 
 def test_divergence_is_named(splits: Splits) -> None:
-    with pytest.raises(
-        TrainingDiverged, match=r"training diverged in epoch 1: losses .*nan.*; try a smaller"
-    ):
+    with pytest.raises(TrainingDiverged, match=r"training diverged in epoch 1: losses .*nan.*; try a smaller"):
         train(make_config({"learning_rate": 1e30, "epochs": 2}), splits.train, None, 10)
 
 

@@ -47,18 +47,14 @@ class PGD:
         if self.keep not in ("best", "last"):
             raise ValueError(f"keep is {self.keep!r}; {nearest(str(self.keep), ['best', 'last'])}")
         if self.restarts > 1 and not self.random_start:
-            raise ValueError(
-                f"restarts is {self.restarts} without random_start; expected 1, as all would be the same"
-            )
+            raise ValueError(f"restarts is {self.restarts} without random_start; expected 1, as all would be the same")
 
     @property
     def step(self) -> float:
         """The step size in use, in units of the [0, 1] pixel range."""
         return 2.5 * self.epsilon / self.steps if self.step_size is None else self.step_size
 
-    def __call__(
-        self, model: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None
-    ) -> Tensor:
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         """Adversarial examples for images x [N, ...] in [0, 1] and labels y [N] (int64); see `Attack`."""
         check_images(x, y)
         if x.numel() == 0:

@@ -42,9 +42,7 @@ class Defense(Protocol):
     ) -> Losses: ...
 
 
-def with_penalties(
-    terms: dict[str, Tensor], penalties: Sequence[Penalty], x: Tensor, y: Tensor
-) -> dict[str, Tensor]:
+def with_penalties(terms: dict[str, Tensor], penalties: Sequence[Penalty], x: Tensor, y: Tensor) -> dict[str, Tensor]:
     """`terms` and one term for each penalty, evaluated at x after the defense's own forward passes.
 
     A penalty at strength 0 is not evaluated. Raises ValueError when two terms share a name.
@@ -52,9 +50,7 @@ def with_penalties(
     result = dict(terms)
     for penalty in penalties:
         if penalty.name in result:
-            raise ValueError(
-                f"penalty name {penalty.name!r} is taken; expected a name other than {sorted(result)}"
-            )
+            raise ValueError(f"penalty name {penalty.name!r} is taken; expected a name other than {sorted(result)}")
         if penalty.strength:
             result[penalty.name] = penalty.strength * penalty(x, y)
     return result

@@ -25,9 +25,7 @@ class PGDAT:
     attack: Attack
     penalties: Sequence[Penalty] = ()
 
-    def __call__(
-        self, model: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None
-    ) -> Losses:
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> Losses:
         """Loss terms for images x [N, ...] in [0, 1] and labels y [N] (int64)."""
         x_adv = self.attack(bare(model), x, y, generator=generator)
         logits = model(x_adv)

@@ -19,9 +19,7 @@ class Standard:
 
     penalties: Sequence[Penalty] = ()
 
-    def __call__(
-        self, model: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None
-    ) -> Losses:
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> Losses:
         """Loss terms for images x [N, ...] and labels y [N] (int64)."""
         logits = model(x)
         terms = {"cross_entropy": F.cross_entropy(logits, y)}

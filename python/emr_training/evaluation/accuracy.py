@@ -73,9 +73,7 @@ def robust_curve(
     can become any other, means that the attack fails, not that the model is robust.
     """
     if attack.step_size is not None:
-        raise ValueError(
-            f"attack.step_size is {attack.step_size}; expected None, which scales it with epsilon"
-        )
+        raise ValueError(f"attack.step_size is {attack.step_size}; expected None, which scales it with epsilon")
     known = known or {}
     curve = [(0.0, clean_accuracy(model, data))]
     while curve[-1][1].correct and curve[-1][0] < 1:

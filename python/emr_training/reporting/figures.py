@@ -81,9 +81,7 @@ def accuracy_curves(
         epsilons = np.array([epsilon for epsilon, _ in curve])
         values = np.array([accuracy.value for _, accuracy in curve])
         errors = np.array([accuracy.standard_error for _, accuracy in curve])
-        ax.fill_between(
-            epsilons, values - errors, values + errors, color=style.color, alpha=0.18, linewidth=0
-        )
+        ax.fill_between(epsilons, values - errors, values + errors, color=style.color, alpha=0.18, linewidth=0)
         ax.plot(
             epsilons,
             values,
