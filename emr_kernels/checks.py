@@ -73,5 +73,7 @@ def check_logits(logits: object, batch: int) -> None:
     """
     if not isinstance(logits, torch.Tensor):
         raise TypeError(f"model returns {type(logits).__name__}; expected one tensor of logits [N, C]")
+    if not logits.is_floating_point():
+        raise TypeError(f"model returns dtype {logits.dtype}; expected floating-point logits")
     if logits.dim() != 2 or logits.shape[0] != batch or logits.shape[1] < 1:
         raise ValueError(f"model returns shape {tuple(logits.shape)}; expected logits [N, C] with N = {batch}")

@@ -39,10 +39,8 @@ def seeds(
         yield seed - seed.sum(1, keepdim=True) / classes if center else seed
 
 
-def _mixes(
-    logits: torch.Tensor, y: torch.Tensor | None, direction: str, temperature: float
-) -> Iterator[torch.Tensor]:
-    batch, classes = logits.shape
+def _mixes(logits: torch.Tensor, y: torch.Tensor | None, direction: str, temperature: float) -> Iterator[torch.Tensor]:
+    classes = logits.shape[1]
     if direction == "softmax":
         yield torch.softmax(logits / temperature, 1)
     elif direction == "random":

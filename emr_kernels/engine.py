@@ -8,14 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from emr_kernels.checks import check_logits
 from emr_kernels.fallback import squared_norms
 from emr_kernels.function import PenaltyFunction, Request, evaluate
 from emr_kernels.linearize.cache import find_program
 from emr_kernels.linearize.export import UnsupportedModelError
 from emr_kernels.linearize.program import Program
-from emr_kernels.linearize.verify import untouched_forward
-from emr_kernels.linearize.wrappers import evaluation_mode
 from emr_kernels.options import PenaltyOptions
 
 
@@ -52,7 +49,7 @@ class Engine:
         leaves = self.program.leaves(values)
         request = Request(self.program, values, options, y, factor)
         if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *leaves)):
-            value = PenaltyFunction.apply(request, x, *leaves)
+            value = PenaltyFunction.apply(request, x, *leaves)  # type: ignore[no-untyped-call]
         else:
             squares = evaluate(request, x)
             value = squares if factor is None else squares.sum() * factor
@@ -71,7 +68,7 @@ def find_engine(model: nn.Module, x: torch.Tensor, layers: tuple[str, ...]) -> E
     try:
         program = find_program(model, x, layers)
     except UnsupportedModelError as error:
-        return Engine(None, str(error), _probe(model, x))
+        return Engine(None, str(error), error.num_classes)
     return Engine(program, None, program.graph.num_classes)
 
 
@@ -83,20 +80,3 @@ def warn_fallback(reason: str | None) -> None:
         RuntimeWarning,
         stacklevel=4,
     )
-
-
-def _probe(model: nn.Module, x: torch.Tensor) -> int:
-    """C, from a forward of up to two samples that leaves no trace."""
-    few = x[:2].detach()
-    devices = [few.device] if few.device.type == "cuda" else []
-    with torch.no_grad(), evaluation_mode(model), torch.random.fork_rng(devices=devices):
-        try:
-            logits = untouched_forward(model, few)
-        except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as error:
-            message = str(error).strip().splitlines()
-            raise ValueError(
-                f"x has shape {tuple(x.shape)}, which the model cannot process "
-                f"({type(error).__name__}: {message[0] if message else ''}); expected a batch that model(x) accepts"
-            ) from error
-    check_logits(logits, few.shape[0])
-    return logits.shape[1]

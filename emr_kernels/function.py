@@ -103,49 +103,58 @@ class PenaltyFunction(torch.autograd.Function):
                 sink.add(weights, kept, squares)
         assert total is not None
         squared = _report(request, total)
+        inputs = (x, *leaves)
         if factor is None:
             ctx.deferred = (sink, deferred)
+            ctx.save_for_backward(*inputs)
             return squared
         ctx.deferred = None
-        ctx.save_for_backward(*sink.gradients(2 * factor))
+        assert sink.scale is not None
+        ctx.save_for_backward(*inputs, 2 * factor * sink.scale, *sink.unscaled())
         return squared.sum() * factor
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Any) -> Any:
         (cotangent,) = cotangents
+        count = len(ctx.needs_input_grad) - 1
+        inputs, saved = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
         if ctx.deferred is None:
-            grads = [None if g is None else g * cotangent.to(g.dtype) for g in ctx.saved_tensors]
+            scale, *grads = saved
+            scale = scale * cotangent
         else:
             sink, passes = ctx.deferred
             sink.clear()
             for one in passes:
                 squares = _square_norms(one.weights, cotangent)
                 sink.add(one.weights, list(one.kept), squares, cotangent)
-            grads = sink.gradients(2.0)
+            scale, grads = 2 * sink.scale, sink.unscaled()
+        scaled = [
+            None if grad is None else (_wide(grad) * scale).to(tensor.dtype)
+            for grad, tensor in zip(grads, inputs, strict=True)
+        ]
         if torch.is_grad_enabled():
-            grads = _differentiable_once(grads)
-        return (None, *grads)
+            scaled = _differentiable_once(scaled, [t for t in inputs if t.requires_grad])
+        return (None, *scaled)
 
 
 class _Sink:
-    """Adds up 2·∂⟨u, w⟩/∂θ over class mixes, with tangents scaled to order one.
+    """Adds up ∂⟨u, w⟩/∂θ over class mixes, with tangents scaled to order one.
 
     In float16 the factor 1/N² of the paper's reduction would push every product below the smallest number; so the
-    tangent is divided by the largest norm in the batch, and the factor comes back in float32.
+    tangent is divided by the largest norm in the batch, and the factor comes back in float32 at the very end.
     """
 
-    def __init__(
-        self, program: Program, point: Point, leaves: Sequence[torch.Tensor], x: torch.Tensor | None
-    ) -> None:
+    def __init__(self, program: Program, point: Point, leaves: Sequence[torch.Tensor], x: torch.Tensor | None) -> None:
         self.program = program
         self.point = point
         self.leaves = leaves
         self.x = x
-        self.sums: list[torch.Tensor | None] = []
         self.clear()
 
     def clear(self) -> None:
-        self.sums = [None] * (len(self.leaves) + 1)
+        """Start again from zero."""
+        self.sums: list[torch.Tensor | None] = [None] * (len(self.leaves) + 1)
+        self.scale: torch.Tensor | None = None
 
     def add(
         self,
@@ -160,55 +169,58 @@ class _Sink:
         tangents = [None if w is None else self._tangent(w, largest, factors) for w in weights]
         del weights
         grads, x_grad = self.program.pull_back(self.point, kept, tangents, self.x is not None)
-        for place, grad in enumerate([x_grad, *grads]):
-            if grad is None:
-                continue
-            wide = grad.to(torch.promote_types(grad.dtype, torch.float32))
-            held = self.sums[place]
-            self.sums[place] = wide * largest if held is None else torch.addcmul(held, wide, largest)
+        found = [x_grad, *grads]
+        if self.scale is None:
+            self.sums, self.scale = found, largest
+            return
+        relative = largest / self.scale
+        for place, grad in enumerate(found):
+            if grad is not None:
+                held = self.sums[place]
+                scaled = _wide(grad) * relative
+                self.sums[place] = scaled if held is None else held + scaled
 
-    def _tangent(
-        self, weight: torch.Tensor, largest: torch.Tensor, factors: torch.Tensor | None
-    ) -> torch.Tensor:
+    def _tangent(self, weight: torch.Tensor, largest: torch.Tensor, factors: torch.Tensor | None) -> torch.Tensor:
         wide = weight.to(largest.dtype) / largest
         if factors is not None:
             wide = wide * factors.to(wide.dtype).view(-1, *[1] * (wide.dim() - 1))
         return wide.to(weight.dtype)
 
-    def gradients(self, factor: float) -> list[torch.Tensor | None]:
-        """For x and each leaf: factor times the sum, in the tensor's own dtype."""
-        targets = [self.x, *self.leaves]
-        out: list[torch.Tensor | None] = []
-        for total, target in zip(self.sums, targets, strict=True):
-            if total is not None and target is not None:
-                out.append((total * factor).to(target.dtype).view(target.shape))
-            elif target is self.x and target is not None:
-                out.append(torch.zeros_like(target))
-            else:
-                out.append(None)
-        return out
+    def unscaled(self) -> list[torch.Tensor | None]:
+        """For x and each leaf the sum, still to be multiplied by `scale`."""
+        if self.x is not None and self.sums[0] is None:
+            # A piecewise-linear classifier: the effective weight does not move with x.
+            self.sums[0] = torch.zeros_like(self.x)
+        return [
+            None if total is None or target is None else total.view(target.shape)
+            for total, target in zip(self.sums, [self.x, *self.leaves], strict=True)
+        ]
+
+
+def _wide(tensor: torch.Tensor) -> torch.Tensor:
+    """At least float32."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 class _DifferentiatedOnce(torch.autograd.Function):
-    """The identity, with a backward that refuses."""
+    """Gradients, as functions of the tensors that they depend on, with a backward that refuses."""
 
     @staticmethod
-    def forward(ctx: Any, arm: torch.Tensor, *grads: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return tuple(grad.view_as(grad) for grad in grads)
+    def forward(ctx: Any, sources: int, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(grad.view_as(grad) for grad in tensors[sources:])
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Any) -> Any:
         raise RuntimeError(
-            "the gradient of the effective weight penalty was differentiated again; it has no second derivative here. "
-            "Use double backward on the model itself for that."
+            "the gradient of the effective weight penalty was differentiated again; it has no second derivative "
+            "here. Use double backward on the model itself for that."
         )
 
 
-def _differentiable_once(grads: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
+def _differentiable_once(grads: list[torch.Tensor | None], sources: list[torch.Tensor]) -> list[torch.Tensor | None]:
     """Under `create_graph=True`, gradients that raise when differentiated, instead of passing for constants."""
     present = [g for g in grads if g is not None]
     if not present:
         return grads
-    arm = torch.zeros((), requires_grad=True)
-    guarded = iter(_DifferentiatedOnce.apply(arm, *present))
+    guarded = iter(_DifferentiatedOnce.apply(len(sources), *sources, *present))  # type: ignore[no-untyped-call]
     return [None if g is None else next(guarded) for g in grads]

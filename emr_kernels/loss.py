@@ -102,7 +102,15 @@ class EffectiveWeightPenalty(nn.Module):
         super().__init__()
         check_model(model)
         self.options = PenaltyOptions(
-            temperature, direction, reduction, layers, subset, every, center, batch_size, checks  # type: ignore[arg-type]
+            temperature,
+            direction,
+            reduction,
+            layers,  # type: ignore[arg-type]  # made a tuple once it is checked
+            subset,
+            every,
+            center,
+            batch_size,
+            checks,
         )
         # In a tuple, so that nn.Module does not register it.
         self._held = (model,)
@@ -130,22 +138,21 @@ class EffectiveWeightPenalty(nn.Module):
         """Take up the count where it was saved."""
         self.calls = int(state["calls"])
 
-    @torch.compiler.disable
-    def prepare(self, x: torch.Tensor, y: torch.Tensor | None = None) -> Engine:
-        """Check the arguments and export the model ahead of the first call.
+    def prepare(self, x: torch.Tensor) -> None:
+        """Export the model ahead of the first call, from a batch `[N, ...]` as it will come."""
+        self.ready(x, None, False)
 
-        Args:
-            x: a batch as it will come, `[N, ...]`.
-            y: class indices `[N]`, where they are used.
-        """
+    @torch.compiler.disable
+    def ready(self, x: torch.Tensor, y: torch.Tensor | None, needs_labels: bool) -> Engine:
+        """Check the arguments and find the engine, exporting the model if that has not happened yet."""
         model = unwrap(self.model)
-        values = self.checks_values(x)
+        values = self._reads_values(x)
         check_input(model, x, values=values)
         engine = find_engine(model, x, self.options.layers)
-        if y is not None or self.options.needs_labels:
+        if needs_labels:
             check_labels(y, x, engine.num_classes, values=values)
         if self.options.direction == "margin" and engine.num_classes < 2:
-            raise ValueError(f"direction is 'margin', but the model has {engine.num_classes} class; expected two or more")
+            raise ValueError(f"direction is 'margin', but the model has {engine.num_classes} class; expected two")
         self.engine, self.engine_reason = ("autograd" if engine.program is None else "linearized"), engine.reason
         if engine.program is None and not self._warned:
             self._warned = True
@@ -159,7 +166,7 @@ class EffectiveWeightPenalty(nn.Module):
         forget(unwrap(self.model))
         self.engine, self.engine_reason = "unprepared", None
 
-    def checks_values(self, x: object) -> bool:
+    def _reads_values(self, x: object) -> bool:
         """Whether this call reads the data to check it."""
         if self.options.checks != "auto" or not isinstance(x, torch.Tensor):
             return self.options.checks == "always"
@@ -179,7 +186,7 @@ class EffectiveWeightPenalty(nn.Module):
         Raises:
             TypeError, ValueError: for bad input, before any work.
         """
-        engine = self.prepare(x, y if self.options.needs_labels else None)
+        engine = self.ready(x, y, self.options.needs_labels)
         return self.compute(engine, x, y)
 
     @torch.compiler.disable
@@ -324,10 +331,13 @@ class EMRLoss(nn.Module):
             TypeError, ValueError: for bad input, before any work.
         """
         (base_loss,) = self._base_loss
-        engine = self.penalty.prepare(x, y if base_loss is None or self.penalty.options.needs_labels else None)
+        engine = self.penalty.ready(x, y, base_loss is None or self.penalty.options.needs_labels)
         logits = self.model(x)
         check_logits(logits, x.shape[0])
         base = F.cross_entropy(logits, y) if base_loss is None else base_loss(logits, y)
+        if not isinstance(base, torch.Tensor) or base.dim() != 0:
+            found = tuple(base.shape) if isinstance(base, torch.Tensor) else type(base).__name__
+            raise ValueError(f"base_loss returns {found}; expected one number (a 0-d tensor)")
         # Without weight in the loss the penalty is still reported, but needs no gradient.
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.strength > 0):
             penalty = self.penalty.compute(engine, x, y)

@@ -64,16 +64,20 @@ def _check_order(ord: float) -> None:
 
 
 def _check_classes(classes: Sequence[int] | None, num_classes: int) -> list[int]:
-    chosen = list(range(num_classes)) if classes is None else [int(c) for c in classes]
+    if classes is None:
+        return list(range(num_classes))
+    chosen = list(classes)
+    if not chosen:
+        raise ValueError("classes is empty; expected at least one class, or None for all")
     for c in chosen:
+        if isinstance(c, bool) or not isinstance(c, int):
+            raise TypeError(f"classes holds {c!r}; expected whole numbers")
         if not 0 <= c < num_classes:
             raise ValueError(f"classes holds {c}; expected classes in [0, {num_classes})")
     return chosen
 
 
-def _class_weights(
-    point: LinearizedPoint | _AutogradPoint, classes: Sequence[int] | None
-) -> Iterator[torch.Tensor]:
+def _class_weights(point: LinearizedPoint | _AutogradPoint, classes: Sequence[int] | None) -> Iterator[torch.Tensor]:
     for c in _check_classes(classes, point.logits.shape[1]):
         seed = torch.zeros_like(point.logits)
         seed[:, c] = 1
@@ -180,8 +184,7 @@ def effective_margins(
     if not isinstance(y, torch.Tensor) or y.shape[:1] != x.shape[:1]:
         check_labels(y, x, 0)
     parts = [
-        _margins(_point(inner, xs), xs, ys, ord, top_k)
-        for xs, ys in zip(x.split(step), y.split(step), strict=True)
+        _margins(_point(inner, xs), xs, ys, ord, top_k) for xs, ys in zip(x.split(step), y.split(step), strict=True)
     ]
     return torch.cat(parts)
 

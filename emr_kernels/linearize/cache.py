@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +13,8 @@ from torch import nn
 from emr_kernels.linearize.export import UnsupportedModelError, export_graph
 from emr_kernels.linearize.graph import Graph
 from emr_kernels.linearize.program import Program
-from emr_kernels.linearize.verify import find_mismatch
+from emr_kernels.linearize.verify import find_mismatch, probe
+from emr_kernels.linearize.wrappers import ordinary
 
 INPUT = "input"
 
@@ -22,6 +24,7 @@ class _Prepared:
     """A graph that passed the first-call check, or the reason why there is none."""
 
     graph: Graph | None
+    num_classes: int
     reason: str = ""
     batches: tuple[int, int] = (1, 1)
     programs: dict[tuple[str, ...], Program] = field(default_factory=dict)
@@ -80,7 +83,7 @@ def find_program(model: nn.Module, x: torch.Tensor, layers: tuple[str, ...] = (I
         prepared = _prepare(model, x)
         known.append(prepared)
     if prepared.graph is None:
-        raise UnsupportedModelError(prepared.reason)
+        raise UnsupportedModelError(prepared.reason, prepared.num_classes)
     if layers not in prepared.programs:
         graph = prepared.graph
         taps = [graph.input if layer == INPUT else graph.input_of(layer) for layer in layers]
@@ -94,14 +97,20 @@ def forget(model: nn.Module) -> None:
 
 
 def _prepare(model: nn.Module, x: torch.Tensor) -> _Prepared:
-    batch = x.shape[0]
-    try:
-        graph = export_graph(model, x)
-    except UnsupportedModelError as error:
-        return _Prepared(None, str(error), (1, 1) if batch == 1 else (2, 2**62))
-    program = Program(graph, [graph.input])
-    few = x[:2] if graph.serves(2) else x
-    mismatch = find_mismatch(model, program, few)
-    if mismatch is not None:
-        return _Prepared(None, f"the exported program is not exact: {mismatch}", graph.batches)
-    return _Prepared(graph, "", graph.batches, {(INPUT,): program})
+    with torch.inference_mode(False):
+        x = ordinary(x.detach())
+        num_classes = probe(model, x)
+        try:
+            graph = export_graph(model, x)
+        except UnsupportedModelError as error:
+            batches = (1, 1) if x.shape[0] == 1 else (2, sys.maxsize)
+            return _Prepared(None, num_classes, str(error), batches)
+        program = Program(graph, [graph.input])
+        try:
+            mismatch = find_mismatch(model, program, x[:2] if graph.serves(2) else x)
+        except Exception as error:  # an operator that runs in the model need not run on its own
+            mismatch = f"running it raised {type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        if mismatch is not None:
+            reason = f"the exported program is not exact: {mismatch}"
+            return _Prepared(None, num_classes, reason, graph.batches)
+        return _Prepared(graph, num_classes, "", graph.batches, {(INPUT,): program})

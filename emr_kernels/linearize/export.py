@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
+from warnings import catch_warnings
 
 import torch
 from torch import nn
@@ -15,11 +16,19 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx import Node as FxNode
 
 from emr_kernels.linearize.graph import Binding, Graph, Node, Ref, flatten
-from emr_kernels.linearize.wrappers import evaluation_mode, plain_kernels
+from emr_kernels.linearize.wrappers import evaluation_mode, plain_kernels, untouched
 
 
 class UnsupportedModelError(Exception):
-    """The model cannot be linearized exactly; the message says why."""
+    """The model cannot be linearized exactly; the message says why.
+
+    Attributes:
+        num_classes: C, the width of its logits.
+    """
+
+    def __init__(self, reason: str, num_classes: int = 0) -> None:
+        super().__init__(reason)
+        self.num_classes = num_classes
 
 
 def export_graph(model: nn.Module, example: torch.Tensor) -> Graph:
@@ -40,14 +49,15 @@ def export_graph(model: nn.Module, example: torch.Tensor) -> Graph:
 
 
 def _export(model: nn.Module, example: torch.Tensor) -> ExportedProgram:
-    static = {0: None}
+    static = {0: Dim.STATIC}
     attempts: list[Any] = [({0: Dim("batch", min=2)},), ({0: Dim.AUTO},), (static,)]
     if example.shape[0] == 1:
         attempts = [(static,)]
     error: Exception | None = None
     # An input that carries gradient history would be exported as such; the graph does not need it.
     example = example.detach()
-    with evaluation_mode(model), plain_kernels(example.device.type), torch.enable_grad(), warnings.catch_warnings():
+    device = example.device.type
+    with evaluation_mode(model), untouched(model), plain_kernels(device), torch.enable_grad(), catch_warnings():
         warnings.simplefilter("ignore")
         for dynamic_shapes in attempts:
             try:
@@ -167,9 +177,9 @@ class _Reader:
                 self.graph.extents[index] = extent
                 return
         target = node.target
-        if isinstance(target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in target.tags:
-            if not _is_inert(node):
-                raise UnsupportedModelError(f"forward draws random numbers ({target}) in evaluation mode")
+        if _draws(node):
+            raise UnsupportedModelError(f"forward draws random numbers ({target}) in evaluation mode")
+        assert callable(target)
         call = Node(index, node.name, target, self._arguments(node), modules=_modules(node))
         call.is_complex = any(_is_complex(n.meta.get("val")) for n in (node, *node.all_input_nodes))
         refs = list(call.refs())
@@ -222,9 +232,11 @@ class _Reader:
         if isinstance(arg, FxNode):
             return Ref(self.index[arg])
         if isinstance(arg, (list, tuple)):
-            return type(arg)(self._convert(item) for item in arg) if type(arg) in (list, tuple) else [
-                self._convert(item) for item in arg
-            ]
+            return (
+                type(arg)(self._convert(item) for item in arg)
+                if type(arg) in (list, tuple)
+                else [self._convert(item) for item in arg]
+            )
         if isinstance(arg, torch.SymInt):
             raise UnsupportedModelError("the exported graph holds a symbolic extent that no value carries")
         return arg
@@ -247,8 +259,7 @@ def _reachable(output: FxNode) -> set[FxNode]:
 def _is_float(value: Any) -> bool:
     """Whether a value can carry a derivative; operators with several outputs are judged by any of them."""
     return any(
-        isinstance(leaf, torch.Tensor) and (leaf.is_floating_point() or leaf.is_complex())
-        for leaf in flatten(value)
+        isinstance(leaf, torch.Tensor) and (leaf.is_floating_point() or leaf.is_complex()) for leaf in flatten(value)
     )
 
 
@@ -258,17 +269,26 @@ def _is_complex(value: Any) -> bool:
 
 def _modules(node: FxNode) -> tuple[str, ...]:
     stack = node.meta.get("nn_module_stack") or {}
-    return tuple(entry[0] if isinstance(entry, tuple) else str(entry) for entry in stack.values())
+    names = []
+    for key, entry in stack.items():
+        name = entry[0] if isinstance(entry, tuple) else str(entry)
+        # A module's second call is "name@1".
+        _, mark, call = str(key).partition("@")
+        names.append(f"{name}{mark}{call}")
+    return tuple(names)
 
 
-def _is_inert(node: FxNode) -> bool:
-    """Whether an operator that can draw random numbers draws none: evaluation mode, or probability zero."""
-    schema = node.target._schema.arguments  # type: ignore[union-attr]
+def _draws(node: FxNode) -> bool:
+    """Whether an operator draws random numbers; in evaluation mode, or with probability zero, it may draw none."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in target.tags:
+        return False
+    schema = target._schema.arguments
     given = {a.name: a.default_value for a in schema}
     given |= dict(zip((a.name for a in schema), node.args, strict=False)) | dict(node.kwargs)
     if any(given.get(name) is False for name in ("train", "training")):
-        return True
-    return any(given.get(name) == 0.0 for name in ("p", "dropout_p", "dropout"))
+        return False
+    return not any(given.get(name) == 0.0 for name in ("p", "dropout_p", "dropout"))
 
 
 def _region_reason(target: Any) -> str:

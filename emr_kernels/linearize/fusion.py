@@ -34,17 +34,13 @@ def fuse(body: list[Node], kept: Collection[int]) -> list[Rule]:
             if chain:
                 swallowed.update(part.index for part in chain)
                 norm = chain[0]
-                fused = Node(
-                    node.index, f"{norm.name}+{node.name}", norm.target, norm.args, norm.active, norm.weights
-                )
+                fused = Node(node.index, f"{norm.name}+{node.name}", norm.target, norm.args, norm.active, norm.weights)
                 rule = AffineReluRule(fused, rule.slope)
         rules.append(rule)
     return [rule for rule in rules if rule.node.index not in swallowed]
 
 
-def _batch_norm_before(
-    relu: Node, makers: dict[int, Node], uses: Counter[int], kept: Collection[int]
-) -> list[Node]:
+def _batch_norm_before(relu: Node, makers: dict[int, Node], uses: Counter[int], kept: Collection[int]) -> list[Node]:
     """[batch_norm] or [batch_norm, getitem] if these feed the ReLU alone, else []."""
     chain: list[Node] = []
     node: Node | None = relu

@@ -12,6 +12,7 @@ carry, backward once (`adjoint`). There is no double backward in it.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,7 @@ from emr_kernels.linearize.rules import GenericRule, Rule
 from emr_kernels.linearize.rules.convolution import BilinearRule
 from emr_kernels.linearize.rules.normalization import AffineReluRule
 from emr_kernels.linearize.scales import find_scale_sources, smallest_scale
+from emr_kernels.linearize.wrappers import ordinary, ordinary_tensors
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ class Program:
         self.is_active = [bool(rule.node.active or rule.node.weights) for rule in self.rules]
         self._leaf_place = {leaf: place for place, leaf in enumerate(graph.leaves)}
         self._releases = self._last_uses()
+        self._mark_free({*taps, graph.output, graph.input})
         self._tapped = self._downstream_of_taps()
         self._plans: dict[tuple[bool, ...], Plan] = {}
         dims = {index: len(shape) for index, shape in graph.shapes.items()}
@@ -87,6 +90,13 @@ class Program:
             if ref not in fixed:
                 releases[place].append(ref)
         return releases
+
+    def _mark_free(self, kept: set[int]) -> None:
+        """Tell each rule which of its activations are new memory that it alone reads."""
+        uses = Counter(ref for rule in self.rules for ref in rule.node.refs())
+        fresh = {rule.node.index for rule in self.rules if rule.fresh} - kept
+        for rule in self.rules:
+            rule.free = tuple(ref in fresh and uses[ref] == 1 for ref in rule.node.active)
 
     def _downstream_of_taps(self) -> set[int]:
         tapped = set(self.taps)
@@ -113,7 +123,7 @@ class Program:
             keeps.append(active and (rule.curved or any(mask)))
             needs_primal.append(index in bends and any(mask))
             tangent.append(index in carries)
-            if rule.curved and active or index in bends:
+            if (rule.curved and active) or index in bends:
                 bends.update(rule.node.active)
             if keeps[-1] or index in carries:
                 carries.update(rule.node.active)
@@ -155,8 +165,9 @@ class Program:
             values[binding.index] = _look_up(model, binding, path)
         for index, extent in self.graph.extents.items():
             values[index] = extent(batch)
-        for node in self.graph.prologue:
-            values[node.index] = node.call(*resolve(node.args, values))
+        with ordinary_tensors():
+            for node in self.graph.prologue:
+                values[node.index] = node.call(*resolve(node.args, values))
         return values
 
     def leaves(self, values: list[Any]) -> list[torch.Tensor]:
@@ -175,10 +186,9 @@ class Program:
         point = Point(plan, graph.size, len(self.rules))
         point.device_type = device = x.device.type
         enabled, low = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-        x = self._laid_out(x.detach())
-        values[graph.input] = x
         point.dtypes[graph.input] = x.dtype
-        with torch.no_grad(), torch.autocast(device, enabled=False):
+        with ordinary_tensors(), torch.no_grad(), torch.autocast(device, enabled=False):
+            values[graph.input] = self._laid_out(ordinary(x).detach())
             for place, rule in enumerate(self.rules):
                 node = rule.node
                 args = resolve(node.args, values)
@@ -220,9 +230,7 @@ class Program:
             return x.contiguous(memory_format=torch.channels_last)
         return x
 
-    def vjp(
-        self, point: Point, seed: torch.Tensor, keep: bool
-    ) -> tuple[list[torch.Tensor | None], list[Any]]:
+    def vjp(self, point: Point, seed: torch.Tensor, keep: bool) -> tuple[list[torch.Tensor | None], list[Any]]:
         """∂(Σ seed · logits)/∂(tap) for every tap.
 
         Args:
@@ -235,9 +243,10 @@ class Program:
         plan = point.plan
         kept: list[Any] = [None] * len(self.rules)
         cotangents: list[Any] = [None] * self.graph.size
-        cotangents[self.graph.output] = seed.to(point.logits.dtype)
         at_taps: dict[int, torch.Tensor] = {}
-        with torch.no_grad(), torch.autocast(point.device_type, enabled=False):
+        owned: set[int] = set()  # values whose cotangent is memory that nobody else reads
+        with ordinary_tensors(), torch.no_grad(), torch.autocast(point.device_type, enabled=False):
+            cotangents[self.graph.output] = ordinary(seed).to(point.logits.dtype)
             for place in range(len(self.rules) - 1, -1, -1):
                 rule = self.rules[place]
                 index = rule.node.index
@@ -247,13 +256,17 @@ class Program:
                 cotangents[index] = None
                 if index in self.taps:
                     at_taps[index] = cotangent
-                if keep and plan.keeps_cotangent[place] and place not in point.spared:
+                stays = keep and plan.keeps_cotangent[place] and place not in point.spared
+                if stays:
                     kept[place] = cotangent
                 if not any(ref in self._tapped for ref in rule.node.active):
                     continue
-                grads = rule.vjp(point.residuals[place], cotangent)
+                free = index in owned and not stays and index not in self.taps
+                grads = (rule.vjp_into if free else rule.vjp)(point.residuals[place], cotangent)
                 for ref, grad in zip(rule.node.active, grads, strict=True):
                     if grad is not None and ref in self._tapped:
+                        if rule.fresh or cotangents[ref] is not None:
+                            owned.add(ref)
                         cotangents[ref] = _add(cotangents[ref], grad, point.dtypes[ref], rule.fresh)
         if self.graph.input in self.taps and cotangents[self.graph.input] is not None:
             at_taps[self.graph.input] = cotangents[self.graph.input]
@@ -261,8 +274,8 @@ class Program:
 
     def jvp(self, point: Point, tangents: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
         """The logits' tangent for these tangents of the taps; None for zero."""
-        flow = self._injected(point, tangents)
-        with torch.no_grad(), torch.autocast(point.device_type, enabled=False):
+        with ordinary_tensors(), torch.no_grad(), torch.autocast(point.device_type, enabled=False):
+            flow = self._injected(point, tangents)
             for place, rule in enumerate(self.rules):
                 given = self._operands(point, place, flow)
                 if any(t is not None for t in given):
@@ -277,8 +290,9 @@ class Program:
         flow: list[Any] = [None] * self.graph.size
         for tap, tangent in zip(self.taps, tangents, strict=True):
             if tangent is not None:
-                laid_out = self._laid_out(tangent) if tap == self.graph.input else tangent
-                flow[tap] = laid_out.to(point.dtypes[tap])
+                laid_out = self._laid_out(ordinary(tangent)) if tap == self.graph.input else ordinary(tangent)
+                # Two names may stand for one value.
+                flow[tap] = _add(flow[tap], laid_out, point.dtypes[tap], False)
         return flow
 
     def _operands(self, point: Point, place: int, flow: list[Any]) -> tuple[Any, ...]:
@@ -303,7 +317,7 @@ class Program:
         grads: list[torch.Tensor | None] = [None] * len(self.graph.leaves)
         flow = self._injected(point, tangents)
         adjoints: list[Any] = [None] * self.graph.size
-        with torch.no_grad(), torch.autocast(point.device_type, enabled=False):
+        with ordinary_tensors(), torch.no_grad(), torch.autocast(point.device_type, enabled=False):
             for place, rule in enumerate(self.rules):
                 node = rule.node
                 given = self._operands(point, place, flow)
@@ -362,18 +376,14 @@ class Program:
             assert isinstance(layer, BilinearRule) and layer.weight_place is not None
             weight_grad = found[layer.weight_place]
             assert weight_grad is not None
-            products = layer.channel_products(
-                point.residuals[place], weight_grad, self._scale_sources[norm].reads
-            )
+            products = layer.channel_products(point.residuals[place], weight_grad, self._scale_sources[norm].reads)
             affine = point.residuals[norm].affine
             grad = products * (affine.inverse_std / affine.scale)
             leaf = point.plan.by_identity[norm]
             held = grads[leaf]
             grads[leaf] = grad if held is None else held + grad
 
-    def _collect(
-        self, grads: list[torch.Tensor | None], place: int, found: Sequence[torch.Tensor | None]
-    ) -> None:
+    def _collect(self, grads: list[torch.Tensor | None], place: int, found: Sequence[torch.Tensor | None]) -> None:
         for ref, grad in zip(self.rules[place].node.weights, found, strict=True):
             if grad is not None:
                 leaf = self._leaf_place[ref]

@@ -47,9 +47,11 @@ def find_scale_sources(rules: Sequence[Rule], kept: Collection[int], dims: dict[
     def is_layer(place: int) -> bool:
         rule = rules[place]
         # A linear layer's channels are its last extent, BatchNorm's the second.
-        return isinstance(rule, BilinearRule) and (
-            rule.weight_dims != 2 or dims.get(rule.node.index) == 2
-        ) and rule.weight_place is not None
+        return (
+            isinstance(rule, BilinearRule)
+            and (rule.weight_dims != 2 or dims.get(rule.node.index) == 2)
+            and rule.weight_place is not None
+        )
 
     sources: dict[int, ScaleSource] = {}
     for place, rule in enumerate(rules):

@@ -11,8 +11,9 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from emr_kernels.checks import check_logits
 from emr_kernels.linearize.program import Program
-from emr_kernels.linearize.wrappers import evaluation_mode, plain_kernels
+from emr_kernels.linearize.wrappers import evaluation_mode, plain_kernels, untouched
 
 # Relative error per tensor, and relative to all of them together. Units within rounding of zero may take the other
 # branch in another memory format, so these are far above rounding and far below a derivative that is wrong.
@@ -25,10 +26,30 @@ _TOLERANCES = {
 
 
 def untouched_forward(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """Logits of `model` in its present mode; what its forward writes into buffers is thrown away."""
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers(remove_duplicate=False)}
-    logits: torch.Tensor = torch.func.functional_call(model, buffers, (x,), tie_weights=True)
+    """Logits of `model` in its present mode; what its forward stores on the model is thrown away."""
+    with untouched(model):
+        logits: torch.Tensor = model(x)
     return logits
+
+
+def probe(model: nn.Module, x: torch.Tensor) -> int:
+    """C, from an evaluation-mode forward that leaves no trace.
+
+    Raises:
+        TypeError, ValueError: if the model cannot process x, or does not return logits `[N, C]`.
+    """
+    devices = [x.device] if x.device.type == "cuda" else []
+    with torch.no_grad(), evaluation_mode(model), torch.random.fork_rng(devices=devices):
+        try:
+            logits = untouched_forward(model, x)
+        except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as error:
+            message = str(error).strip().splitlines()
+            raise ValueError(
+                f"x has shape {tuple(x.shape)}, which the model cannot process "
+                f"({type(error).__name__}: {message[0] if message else ''}); expected a batch that model(x) accepts"
+            ) from error
+    check_logits(logits, x.shape[0])
+    return logits.shape[1]
 
 
 def find_mismatch(model: nn.Module, program: Program, x: torch.Tensor) -> str | None:

@@ -33,7 +33,7 @@ def find_ddp(model: nn.Module) -> nn.parallel.DistributedDataParallel | None:
         if isinstance(model, nn.parallel.DistributedDataParallel):
             return model
         for attribute in ("_orig_mod", "_forward_module", "module"):
-            inner = model.__dict__.get(attribute) or model._modules.get(attribute)
+            inner = getattr(model, attribute, None)
             if isinstance(inner, nn.Module) and type(model).__name__ in _WRAPPED:
                 model = inner
                 break
@@ -58,6 +58,34 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Whatever the model's forward stores on its modules for a while is thrown away: buffers and attributes.
+
+    Buffers are copies in the meantime, so that what is written into them in place is lost, too.
+    """
+    scripted = [m for m in model.modules() if isinstance(m, torch.jit.ScriptModule)]
+    plain = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
+    fixed = [(buffer, buffer.clone()) for m in scripted for buffer in m.buffers(recurse=False)]
+    before = [(m, dict(vars(m)), dict(m._buffers)) for m in plain]
+    for module, _, buffers in before:
+        for name, buffer in buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.clone()
+    try:
+        yield
+    finally:
+        for module, attributes, buffers in before:
+            vars(module).clear()
+            vars(module).update(attributes)
+            module._buffers.clear()
+            module._buffers.update(buffers)
+        with torch.no_grad():
+            for buffer, copy in fixed:
+                if not torch.equal(buffer, copy):
+                    buffer.copy_(copy)
+
+
+@contextmanager
 def exact_attention() -> Iterator[None]:
     """No fused attention: its kernels have no second derivative."""
     fastpath = torch.backends.mha.get_fastpath_enabled()
@@ -74,3 +102,18 @@ def plain_kernels(device_type: str) -> Iterator[None]:
     """Autocast off and no fused attention: the model's own arithmetic, twice differentiable."""
     with torch.autocast(device_type, enabled=False), exact_attention():
         yield
+
+
+@contextmanager
+def ordinary_tensors() -> Iterator[None]:
+    """Inside `torch.inference_mode`, `torch.no_grad` for a while instead: autograd refuses inference tensors."""
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def ordinary(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, or a copy of it that autograd takes."""
+    return tensor.clone() if tensor.is_inference() else tensor

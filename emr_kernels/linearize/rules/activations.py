@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from emr_kernels import ops
 from emr_kernels.linearize.graph import Node
-from emr_kernels.linearize.rules.base import Rule, Tensors, rule_for
+from emr_kernels.linearize.rules.base import Rule, Tensors, reusable, rule_for
 
 aten = torch.ops.aten
 
@@ -29,16 +29,25 @@ class _MaskRule(Rule):
     fresh = True
     slope = 0.0
 
-    def vjp(self, residual: _Bits, cotangent: Any) -> Tensors:
-        return (
-            ops.affine_relu_vjp(
-                cotangent, residual.bits, negative_slope=self.slope, memory_format=residual.memory_format
-            ),
+    def _masked(self, residual: _Bits, vector: torch.Tensor, overwrite: bool) -> torch.Tensor:
+        return ops.affine_relu_vjp(
+            vector,
+            residual.bits,
+            negative_slope=self.slope,
+            memory_format=residual.memory_format,
+            out=reusable(vector, residual.memory_format, overwrite),
         )
+
+    def vjp(self, residual: _Bits, cotangent: Any) -> Tensors:
+        return (self._masked(residual, cotangent, False),)
+
+    def vjp_into(self, residual: _Bits, cotangent: Any) -> Tensors:
+        return (self._masked(residual, cotangent, True),)
 
     def jvp(self, residual: _Bits, tangents: Tensors) -> Any:
         # The Jacobian is diagonal, so it is its own transpose.
-        return self.vjp(residual, tangents[0])[0]
+        assert tangents[0] is not None
+        return self._masked(residual, tangents[0], self.free[0])
 
 
 @rule_for(aten.relu.default, aten.leaky_relu.default)
@@ -50,7 +59,8 @@ class ReluRule(_MaskRule):
         self.slope = float(node.args[1]) if len(node.args) > 1 else 0.0
 
     def forward(self, args: tuple[Any, ...], primal: bool) -> tuple[Any, Any]:
-        output, bits = ops.affine_relu(args[0], negative_slope=self.slope)
+        place = reusable(args[0], ops.dense_format(args[0]), self.free[0])
+        output, bits = ops.affine_relu(args[0], negative_slope=self.slope, out=place)
         return output, _Bits(bits, ops.dense_format(output))
 
 
@@ -96,9 +106,7 @@ class PreluRule(Rule):
         assert tangents[0] is not None
         return self._scaled(residual, tangents[0])
 
-    def _weight_grad(
-        self, residual: _PreluResidual, cotangent: torch.Tensor, operand: torch.Tensor
-    ) -> torch.Tensor:
+    def _weight_grad(self, residual: _PreluResidual, cotangent: torch.Tensor, operand: torch.Tensor) -> torch.Tensor:
         product = (cotangent * operand).masked_fill_(residual.positive, 0)
         if residual.weight.numel() > 1:
             return product.sum((0, *range(2, product.dim())))
@@ -140,6 +148,7 @@ class _SmoothRule(Rule):
         return self.slope_times(residual, tangents[0])
 
     def adjoint(self, residual: torch.Tensor, cotangent: Any, tangents: Tensors) -> Tensors:
+        assert tangents[0] is not None
         return (self.curvature(residual).mul_(cotangent).mul_(tangents[0]),)
 
 

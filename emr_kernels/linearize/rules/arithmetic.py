@@ -39,9 +39,24 @@ class SumOfTwoRule(Rule):
             return -alpha, 1
         return 1, alpha if name == "aten::add" else -alpha
 
+    def _places(self) -> list[int]:
+        return [place for place in (0, 1) if self.node.is_active(place)]
+
     def forward(self, args: tuple[Any, ...], primal: bool) -> tuple[Any, Any]:
-        output = self.node.call(*args)
-        return output, _Shapes(_shape(args[0]), _shape(args[1]), output.shape)
+        shapes = _shape(args[0]), _shape(args[1])
+        output = self._in_place(args) if any(self.free) else None
+        if output is None:
+            output = self.node.call(*args)
+        return output, _Shapes(*shapes, output.shape)
+
+    def _in_place(self, args: tuple[Any, ...]) -> torch.Tensor | None:
+        """The sum written over a free argument, where it has the sum's shape and dtype."""
+        for place, free in zip(self._places(), self.free, strict=True):
+            mine, other = args[place], args[1 - place]
+            signs = self._signs()
+            if free and signs[place] == 1 and _same_kind(mine, other):
+                return mine.add_(other, alpha=signs[1 - place])
+        return None
 
     def _pull(self, residual: _Shapes, cotangent: torch.Tensor, place: int) -> torch.Tensor:
         grad = sum_to(cotangent, residual[place])
@@ -49,34 +64,43 @@ class SumOfTwoRule(Rule):
         return grad if sign == 1 else grad * sign
 
     def vjp(self, residual: _Shapes, cotangent: Any) -> Tensors:
-        return tuple(self._pull(residual, cotangent, place) for place in (0, 1) if self.node.is_active(place))
+        return tuple(self._pull(residual, cotangent, place) for place in self._places())
 
     def param_vjp(self, residual: _Shapes, cotangent: Any, wanted: Sequence[bool]) -> Tensors:
         places = [place for place in (0, 1) if self.node.is_weight(place)]
         return tuple(
-            self._pull(residual, cotangent, place) if want else None
-            for place, want in zip(places, wanted, strict=True)
+            self._pull(residual, cotangent, place) if want else None for place, want in zip(places, wanted, strict=True)
         )
 
     def jvp(self, residual: _Shapes, tangents: Tensors) -> Any:
-        given = iter(tangents)
-        total: torch.Tensor | None = None
-        for place, sign in enumerate(self._signs()):
-            tangent = next(given) if self.node.is_active(place) else None
-            if tangent is None:
-                continue
+        both: list[Any] = [None, None]
+        for place, tangent in zip(self._places(), tangents, strict=True):
+            both[place] = tangent
+        left, right = both
+        signs = self._signs()
+        if left is None or right is None:
+            only, sign = (right, signs[1]) if left is None else (left, signs[0])
+            total = only if sign == 1 else only * sign
+        else:
+            total = self._in_place((left, right)) if any(self.free) else None
             if total is None:
-                total = tangent if sign == 1 else tangent * sign
-            else:
-                total = torch.add(total, tangent, alpha=sign)
-        assert total is not None
+                total = torch.add(left if signs[0] == 1 else left * signs[0], right, alpha=signs[1])
         return total.expand(residual.output) if total.shape != residual.output else total
+
+
+def _same_kind(a: Any, b: Any) -> bool:
+    tensors = isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)
+    return tensors and a.shape == b.shape and a.dtype == b.dtype
 
 
 class _Factors(NamedTuple):
     left: Any  # an activation's value is kept only where a derivative needs it
     right: Any
     shapes: _Shapes
+
+    def factor(self, place: int) -> Any:
+        """The left (0) or right (1) factor's value."""
+        return self.right if place else self.left
 
 
 @rule_for(aten.mul.Tensor, aten.mul.Scalar)
@@ -104,17 +128,18 @@ class ProductRule(Rule):
 
     def vjp(self, residual: _Factors, cotangent: Any) -> Tensors:
         return tuple(
-            sum_to(cotangent * residual[1 - place], residual.shapes[place]) for place in self._active_places()
+            sum_to(cotangent * residual.factor(1 - place), residual.shapes[place]) for place in self._active_places()
         )
 
     def jvp(self, residual: _Factors, tangents: Tensors) -> Any:
         terms = [
-            tangent * residual[1 - place]
+            tangent * residual.factor(1 - place)
             for place, tangent in zip(self._active_places(), tangents, strict=True)
             if tangent is not None
         ]
         total = terms[0] if len(terms) == 1 else terms[0] + terms[1]
-        return total.expand(residual.shapes.output) if total.shape != residual.shapes.output else total
+        shape = residual.shapes.output
+        return total.expand(shape) if total.shape != shape else total
 
     def adjoint(self, residual: _Factors, cotangent: Any, tangents: Tensors) -> Tensors:
         """⟨δ, u_a b + a u_b⟩ has the derivative δ u_b in a, and δ u_a in b."""
@@ -131,7 +156,7 @@ class ProductRule(Rule):
         return self._weight_grad(residual, cotangent, tangent, wanted)
 
     def param_vjp(self, residual: _Factors, cotangent: Any, wanted: Sequence[bool]) -> Tensors:
-        operand = residual[self._active_places()[0]]
+        operand = residual.factor(self._active_places()[0])
         return self._weight_grad(residual, cotangent, operand, wanted)
 
     def _weight_grad(

@@ -44,10 +44,12 @@ class Rule:
     matmul: ClassVar[bool] = False
     """Whether autocast runs the operator in its low-precision dtype."""
     fresh: ClassVar[bool] = False
-    """Whether what `vjp` returns is new memory, that the caller may add into."""
+    """Whether `forward`, `vjp` and `jvp` return memory of their own, that others may write into."""
 
     def __init__(self, node: Node) -> None:
         self.node = node
+        self.free: tuple[bool, ...] = (False,) * len(node.active)
+        """For each activation, whether `forward` and `jvp` may overwrite it: nobody else reads it."""
 
     @classmethod
     def accepts(cls, node: Node) -> bool:
@@ -61,6 +63,10 @@ class Rule:
     def vjp(self, residual: Any, cotangent: Any) -> Tensors:
         """Jᵀδ for each activation."""
         raise NotImplementedError
+
+    def vjp_into(self, residual: Any, cotangent: Any) -> Tensors:
+        """The same as `vjp`, and may overwrite the cotangent."""
+        return self.vjp(residual, cotangent)
 
     def jvp(self, residual: Any, tangents: Tensors) -> Any:
         """Ju."""
@@ -82,9 +88,7 @@ class Rule:
         self, residual: Any, cotangent: Any, tangents: Tensors, wanted: Sequence[bool], needs_tangent: bool
     ) -> SecondOrder:
         """Everything the jvp pass asks of one call."""
-        grads = (
-            self.param_grads(residual, cotangent, tangents, wanted) if any(wanted) else (None,) * len(wanted)
-        )
+        grads = self.param_grads(residual, cotangent, tangents, wanted) if any(wanted) else (None,) * len(wanted)
         adjoint = self.adjoint(residual, cotangent, tangents) if self.curved else (None,) * len(tangents)
         return SecondOrder(self.jvp(residual, tangents) if needs_tangent else None, grads, adjoint)
 
@@ -114,3 +118,8 @@ def lookup(node: Node) -> type[Rule] | None:
 def sum_to(tensor: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     """Undo broadcasting: sum `tensor` to `shape`."""
     return tensor if tensor.shape == torch.Size(shape) else tensor.sum_to_size(shape)
+
+
+def reusable(tensor: torch.Tensor, memory_format: torch.memory_format, allowed: bool) -> torch.Tensor | None:
+    """The tensor as the place for a result of its shape in this memory format, if that is allowed and fits."""
+    return tensor if allowed and tensor.is_contiguous(memory_format=memory_format) else None

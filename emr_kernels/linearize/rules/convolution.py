@@ -153,9 +153,7 @@ class ConvolutionRule(BilinearRule):
     def jvp(self, residual: _ConvResidual, tangents: Tensors) -> Any:
         return aten.convolution.default(tangents[0], residual.weight, None, *residual.options)
 
-    def _weight_grad(
-        self, residual: _ConvResidual, cotangent: torch.Tensor, operand: torch.Tensor
-    ) -> torch.Tensor:
+    def _weight_grad(self, residual: _ConvResidual, cotangent: torch.Tensor, operand: torch.Tensor) -> torch.Tensor:
         grad: torch.Tensor = aten.convolution_backward.default(
             cotangent, operand, residual.weight, None, *residual.options, [False, True, False]
         )[1]
@@ -197,9 +195,7 @@ class LinearRule(BilinearRule):
         assert tangents[0] is not None
         return F.linear(tangents[0], residual.weight)
 
-    def _weight_grad(
-        self, residual: _LinearResidual, cotangent: torch.Tensor, operand: torch.Tensor
-    ) -> torch.Tensor:
+    def _weight_grad(self, residual: _LinearResidual, cotangent: torch.Tensor, operand: torch.Tensor) -> torch.Tensor:
         return cotangent.flatten(0, -2).T @ operand.flatten(0, -2)
 
     def _bias_grad(self, cotangent: torch.Tensor) -> torch.Tensor:

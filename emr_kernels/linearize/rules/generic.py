@@ -79,9 +79,7 @@ class GenericRule(Rule):
         pairs = zip(flatten(self.node.args), flatten(args), strict=True)
         values = {leaf.index: value for leaf, value in pairs if isinstance(leaf, Ref)}
         device = next(v.device.type for v in values.values() if isinstance(v, torch.Tensor))
-        residual = _Residual(
-            values, device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-        )
+        residual = _Residual(values, device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
         return self.run(*args), residual
 
     def vjp(self, residual: _Residual, cotangent: Any) -> Tensors:
@@ -151,9 +149,7 @@ class GenericRule(Rule):
         args = fill(self.node.args)
         with (
             torch.enable_grad(),
-            torch.autocast(
-                residual.device, dtype=residual.dtype, enabled=residual.autocast, cache_enabled=False
-            ),
+            torch.autocast(residual.device, dtype=residual.dtype, enabled=residual.autocast, cache_enabled=False),
         ):
             outputs = self.run(*args)
         return [leaves[place] for place in at], outputs

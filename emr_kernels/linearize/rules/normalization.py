@@ -9,7 +9,7 @@ import torch
 
 from emr_kernels import ops
 from emr_kernels.linearize.graph import Node
-from emr_kernels.linearize.rules.base import Rule, SecondOrder, Tensors, rule_for
+from emr_kernels.linearize.rules.base import Rule, SecondOrder, Tensors, reusable, rule_for
 
 aten = torch.ops.aten
 
@@ -115,12 +115,18 @@ class AffineReluRule(Rule):
         if self.slope is None:
             output = torch.addcmul(channelwise(affine.shift, input), input, channelwise(affine.scale, input))
         else:
-            output, bits = ops.affine_relu(input, affine.scale, affine.shift, negative_slope=self.slope)
+            output, bits = ops.affine_relu(
+                input,
+                affine.scale,
+                affine.shift,
+                negative_slope=self.slope,
+                out=reusable(input, ops.dense_format(input), self.free[0] and not primal),
+            )
             memory_format = ops.dense_format(output)
         residual = _Residual(affine, bits, memory_format, input if primal else None)
         return output, residual
 
-    def _scaled(self, residual: _Residual, vector: torch.Tensor) -> torch.Tensor:
+    def _scaled(self, residual: _Residual, vector: torch.Tensor, overwrite: bool) -> torch.Tensor:
         if residual.bits is None:
             return vector * channelwise(residual.affine.scale, vector)
         return ops.affine_relu_vjp(
@@ -129,14 +135,18 @@ class AffineReluRule(Rule):
             residual.affine.scale,
             negative_slope=self.slope or 0.0,
             memory_format=residual.memory_format,
+            out=reusable(vector, residual.memory_format, overwrite),
         )
 
     def vjp(self, residual: _Residual, cotangent: Any) -> Tensors:
-        return (self._scaled(residual, cotangent),)
+        return (self._scaled(residual, cotangent, False),)
+
+    def vjp_into(self, residual: _Residual, cotangent: Any) -> Tensors:
+        return (self._scaled(residual, cotangent, True),)
 
     def jvp(self, residual: _Residual, tangents: Tensors) -> Any:
         assert tangents[0] is not None
-        return self._scaled(residual, tangents[0])
+        return self._scaled(residual, tangents[0], self.free[0])
 
     def second_order(
         self, residual: Any, cotangent: Any, tangents: Tensors, wanted: Sequence[bool], needs_tangent: bool
@@ -152,18 +162,20 @@ class AffineReluRule(Rule):
             out = self.jvp(residual, tangents) if needs_tangent else None
             product = channel_sum(cotangent * tangent)
         else:
-            out, product = ops.affine_relu_jvp(
+            out, scale_product = ops.affine_relu_jvp(
                 tangent,
                 residual.bits,
                 residual.affine.scale,
                 negative_slope=self.slope or 0.0,
                 delta=cotangent,
                 memory_format=residual.memory_format,
+                out=reusable(tangent, residual.memory_format, self.free[0]),
             )
+            assert scale_product is not None
+            product = scale_product
         grad = product * residual.affine.inverse_std
         grads = tuple(
-            grad if want and place == self.call.weight else None
-            for place, want in zip(places, wanted, strict=True)
+            grad if want and place == self.call.weight else None for place, want in zip(places, wanted, strict=True)
         )
         return SecondOrder(out, grads, (None,))
 
@@ -207,6 +219,9 @@ class FunctionalBatchNormRule(AffineReluRule):
         return (output, None, None), residual
 
     def vjp(self, residual: _Residual, cotangent: Any) -> Tensors:
+        return super().vjp(residual, cotangent[0])
+
+    def vjp_into(self, residual: _Residual, cotangent: Any) -> Tensors:
         return super().vjp(residual, cotangent[0])
 
     def jvp(self, residual: _Residual, tangents: Tensors) -> Any:

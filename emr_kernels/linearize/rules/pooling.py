@@ -35,8 +35,7 @@ class MaxPoolRule(Rule):
         if self.lifted:
             one = [1, 1, 0, 1]
             window, stride, padding, dilation = (
-                [first, *value]
-                for first, value in zip(one, (window, stride, padding, dilation), strict=True)
+                [first, *value] for first, value in zip(one, (window, stride, padding, dilation), strict=True)
             )
         return window, stride, padding, dilation, ceil_mode
 
@@ -50,9 +49,7 @@ class MaxPoolRule(Rule):
 
     def vjp(self, residual: _Residual, cotangent: Any) -> Tensors:
         delta = cotangent.unsqueeze(-2) if self.lifted else cotangent
-        operator = (
-            aten.max_pool3d_with_indices_backward if self.dims == 3 else aten.max_pool2d_with_indices_backward
-        )
+        operator = aten.max_pool3d_with_indices_backward if self.dims == 3 else aten.max_pool2d_with_indices_backward
         dummy = torch.empty_like(residual.like, device=delta.device)
         grad = operator.default(delta, dummy, *residual.options, residual.winners)
         return (grad.squeeze(-2) if self.lifted else grad,)
