@@ -10,6 +10,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .DELETE_ON_ERROR:
 .PHONY: demo test lint format typecheck clean
 
+# The demo's nets are so small that a second thread costs more than it gives.
+demo: export OMP_NUM_THREADS ?= 1
 demo: $(VENV)/installed
 	$(BIN)/emr demo
 

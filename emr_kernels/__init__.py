@@ -1,10 +1,12 @@
 """Effective Margin Regularization for any PyTorch classifier, exact and without double backward."""
 
+from emr_kernels._extension import package_version
+from emr_kernels.info import info
 from emr_kernels.linearize import UnsupportedModelError, linearize
 from emr_kernels.loss import EffectiveWeightPenalty, EMRLoss
 from emr_kernels.margins import effective_margins, effective_weight_norms, effective_weights
 
-__version__ = "0.1.0"
+__version__ = package_version()
 
 __all__ = [
     "EMRLoss",
@@ -14,5 +16,6 @@ __all__ = [
     "effective_margins",
     "effective_weight_norms",
     "effective_weights",
+    "info",
     "linearize",
 ]

@@ -148,10 +148,8 @@ def double_backward(
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     inputs = [x] + [p for _, p in named]
     with sdpa_kernel(SDPBackend.MATH):
-        if total.requires_grad:
-            grads = torch.autograd.grad(total, inputs, allow_unused=True)
-        else:
-            grads = (None,) * len(inputs)
+        nothing = (None,) * len(inputs)
+        grads = torch.autograd.grad(total, inputs, allow_unused=True) if total.requires_grad else nothing
     return Reference(
         value=value.detach() if base_loss is None else total.detach(),
         per_sample=r.detach(),
@@ -192,6 +190,4 @@ def assert_gradients_match(
     """Every ``.grad`` of the model equals the reference, per parameter, within the relative tolerance."""
     found = errors(gradients(model), reference)
     wrong = {name: error for name, error in found.items() if not error <= tolerance}
-    assert not wrong, f"relative errors above {tolerance:g}: " + ", ".join(
-        f"{n}: {e:.2e}" for n, e in wrong.items()
-    )
+    assert not wrong, f"relative errors above {tolerance:g}: " + ", ".join(f"{n}: {e:.2e}" for n, e in wrong.items())

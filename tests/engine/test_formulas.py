@@ -23,9 +23,7 @@ def made(entry_id: str, batch: int = 5) -> tuple[nn.Module, Tensor, Tensor]:
     return model, *entry.data(batch)
 
 
-def log_sum_exp_gradient(
-    model: nn.Module, x: Tensor, temperature: float, create_graph: bool = False
-) -> Tensor:
+def log_sum_exp_gradient(model: nn.Module, x: Tensor, temperature: float, create_graph: bool = False) -> Tensor:
     with evaluation_mode(model):
         x = x.detach().requires_grad_()
         s = temperature * torch.logsumexp(model(x) / temperature, dim=1).sum()
@@ -105,9 +103,7 @@ def test_scaling_the_last_layer(entry_id: str) -> None:
     with torch.no_grad():
         for parameter in model[-1].parameters():  # type: ignore[index]
             parameter.mul_(3.0)
-    torch.testing.assert_close(
-        EffectiveWeightPenalty(model, temperature=1.5)(x), 9 * value, rtol=1e-12, atol=0
-    )
+    torch.testing.assert_close(EffectiveWeightPenalty(model, temperature=1.5)(x), 9 * value, rtol=1e-12, atol=0)
     torch.testing.assert_close(effective_margins(model, x, y), margins, rtol=1e-11, atol=0)
 
 

@@ -178,9 +178,7 @@ def test_strength_follows_a_schedule() -> None:
         total = criterion(x, y)
         total.backward()
         torch.testing.assert_close(total, base + strength * penalty)
-        reference = double_backward(
-            model, x, y, temperature=1.0, strength=strength, base_loss=F.cross_entropy
-        )
+        reference = double_backward(model, x, y, temperature=1.0, strength=strength, base_loss=F.cross_entropy)
         assert_gradients_match(model, reference.grads)
 
 

@@ -35,9 +35,7 @@ def loop_margins(model: nn.Module, x: Tensor, y: Tensor, order: float, top_k: in
     for i in range(len(x)):
         label = int(y[i])
         rivals = sorted((j for j in range(z.shape[1]) if j != label), key=lambda j: -float(z[i, j]))[:top_k]
-        ratios = [
-            (z[i, label] - z[i, j]) / torch.linalg.vector_norm(w[i, label] - w[i, j], order) for j in rivals
-        ]
+        ratios = [(z[i, label] - z[i, j]) / torch.linalg.vector_norm(w[i, label] - w[i, j], order) for j in rivals]
         result.append(torch.stack(ratios).min())
     return torch.stack(result)
 
@@ -54,9 +52,7 @@ def test_effective_weights(entry_id: str) -> None:
     found = effective_weights(model, x)
     assert found.shape == (5, 4, *x.shape[1:]) and not found.requires_grad
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close(
-        effective_weights(model, x, [2, 0]), expected[:, [2, 0]], rtol=1e-10, atol=1e-12
-    )
+    torch.testing.assert_close(effective_weights(model, x, [2, 0]), expected[:, [2, 0]], rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -73,9 +69,7 @@ def test_norms_of_classes(entry_id: str, order: float) -> None:
 @pytest.mark.parametrize("entry_id", ["mlp_batchnorm", "act_silu"])
 def test_norms_of_directions(entry_id: str, direction: str, center: bool) -> None:
     model, x, y = made(entry_id)
-    r = double_backward(
-        model, x, y, direction=direction, temperature=0.7, center=center, reduction="none"
-    ).per_sample
+    r = double_backward(model, x, y, direction=direction, temperature=0.7, center=center, reduction="none").per_sample
     found = effective_weight_norms(model, x, y, direction=direction, temperature=0.7, center=center)
     torch.testing.assert_close(found, r.sqrt(), rtol=1e-10, atol=1e-12)
 
@@ -108,9 +102,7 @@ def test_margins_over_the_strongest_rivals(top_k: int) -> None:
 def test_chunks_give_the_same_margins(batch_size: int) -> None:
     model, x, y = made("act_silu")
     expected = effective_margins(model, x, y)
-    torch.testing.assert_close(
-        effective_margins(model, x, y, batch_size=batch_size), expected, rtol=1e-12, atol=0
-    )
+    torch.testing.assert_close(effective_margins(model, x, y, batch_size=batch_size), expected, rtol=1e-12, atol=0)
 
 
 def test_margin_signs_follow_the_prediction() -> None:
@@ -134,8 +126,7 @@ def test_linear_models_in_closed_form(order: float) -> None:
         rivals = [j for j in range(3) if j != y[i]]
         normals = [weight[y[i]] - weight[j] for j in rivals]
         distances = [
-            (z[i, y[i]] - z[i, j]) / torch.linalg.vector_norm(n, order)
-            for j, n in zip(rivals, normals, strict=True)
+            (z[i, y[i]] - z[i, j]) / torch.linalg.vector_norm(n, order) for j, n in zip(rivals, normals, strict=True)
         ]
         closest = min(range(2), key=lambda k: float(distances[k]))
         torch.testing.assert_close(margins[i], distances[closest])
@@ -174,17 +165,13 @@ def test_zero_effective_weight_gives_an_infinite_margin() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(
-    "entry_id", ["custom_function_activation", "no_grad_region", "data_dependent_control_flow"]
-)
+@pytest.mark.parametrize("entry_id", ["custom_function_activation", "no_grad_region", "data_dependent_control_flow"])
 def test_models_that_cannot_be_linearized(entry_id: str) -> None:
     model, x, y = made(entry_id)
     with evaluation_mode(model):
         leaf = x.clone().requires_grad_()
         z = model(leaf)
-        expected = torch.stack(
-            [torch.autograd.grad(z[:, c].sum(), leaf, retain_graph=True)[0] for c in range(4)], 1
-        )
+        expected = torch.stack([torch.autograd.grad(z[:, c].sum(), leaf, retain_graph=True)[0] for c in range(4)], 1)
     torch.testing.assert_close(effective_weights(model, x), expected)
     assert torch.isfinite(effective_margins(model, x, y)).all()
 

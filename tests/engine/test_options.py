@@ -53,9 +53,7 @@ def check(entry_id: str, reduction: str, **options: Any) -> None:
     [(e, layers) for e in MODELS for layers in layer_selections(e)],
     ids=lambda value: value if isinstance(value, str) else "+".join(value),
 )
-def test_direction_layers_center(
-    entry_id: str, layers: tuple[str, ...], direction: str, center: bool
-) -> None:
+def test_direction_layers_center(entry_id: str, layers: tuple[str, ...], direction: str, center: bool) -> None:
     check(entry_id, "mean", direction=direction, layers=layers, center=center)
 
 
@@ -179,9 +177,7 @@ def test_random_direction_gradient_by_central_differences(entry_id: str) -> None
         with torch.no_grad():
             parameter.add_(step)
         assert parameter.grad is not None
-        torch.testing.assert_close(
-            (ends[0] - ends[1]) / 2, (parameter.grad * step).sum(), rtol=1e-5, atol=1e-14
-        )
+        torch.testing.assert_close((ends[0] - ends[1]) / 2, (parameter.grad * step).sum(), rtol=1e-5, atol=1e-14)
 
 
 @pytest.mark.parametrize("classes", [1, 2])

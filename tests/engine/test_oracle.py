@@ -28,9 +28,7 @@ def directional_slope(entry_id: str, temperature: float) -> tuple[dict[str, torc
 
 
 # Not "vit": reverse over forward mode loses terms of LayerNorm's statistics; differences cover it.
-@pytest.mark.parametrize(
-    "entry_id", ["mlp_batchnorm", "act_silu", "multihead_attention", "densenet", "fourier"]
-)
+@pytest.mark.parametrize("entry_id", ["mlp_batchnorm", "act_silu", "multihead_attention", "densenet", "fourier"])
 def test_gradient_is_the_forward_mode_directional_derivative(entry_id: str) -> None:
     slope, model = directional_slope(entry_id, 0.7)
     x, _ = zoo.get(entry_id).data()
@@ -49,9 +47,7 @@ def test_norms_are_rows_of_the_jacobian(entry_id: str) -> None:
         for i in range(len(x)):
             rows = jacrev(lambda t: model(t)[0])(x[i : i + 1]).flatten(1)  # [C, d]
             for direction in ("softmax", "label", "margin", "all"):
-                r = double_backward(
-                    model, x, y, temperature=0.7, direction=direction, reduction="none"
-                ).per_sample
+                r = double_backward(model, x, y, temperature=0.7, direction=direction, reduction="none").per_sample
                 mixes = seeds(logits[i : i + 1], y[i : i + 1], 0.7, direction, center=False)
                 torch.testing.assert_close(r[i], sum((mix[0] @ rows).square().sum() for mix in mixes))
 

@@ -41,9 +41,7 @@ def nonzero(found: dict[str, Tensor | None], reference: dict[str, Tensor | None]
     return [e for n, e in errors(found, reference).items() if (g := reference[n]) is not None and g.any()]
 
 
-@pytest.mark.parametrize(
-    "entry_id", [*MODELS, "preact_resnet18_narrow", "small_cnn", "transformer_encoder_layer"]
-)
+@pytest.mark.parametrize("entry_id", [*MODELS, "preact_resnet18_narrow", "small_cnn", "transformer_encoder_layer"])
 def test_float32(entry_id: str) -> None:
     entry = zoo.get(entry_id)
     model = entry.make(torch.float32)
@@ -160,9 +158,7 @@ def test_low_precision_models(entry_id: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("layout", ["input", "model", "both"])
-@pytest.mark.parametrize(
-    "entry_id", ["wrn_10_2", "densenet", "act_silu", "pool_max_overlapping", "squeeze_excite"]
-)
+@pytest.mark.parametrize("entry_id", ["wrn_10_2", "densenet", "act_silu", "pool_max_overlapping", "squeeze_excite"])
 def test_channels_last(entry_id: str, layout: str) -> None:
     entry = zoo.get(entry_id)
     model = entry.make()

@@ -150,9 +150,7 @@ def ddp_worker(rank: int, world: int, folder: str) -> None:
         ddp = DistributedDataParallel(model)
         penalty = EffectiveWeightPenalty(ddp, temperature=0.7, batch_size=4)
         (F.cross_entropy(ddp(x[part]), y[part]) + 3.0 * penalty(x[part])).backward()
-        outcome["own_loss_plus_penalty"] = {
-            n: None if g is None else g.clone() for n, g in gradients(model).items()
-        }
+        outcome["own_loss_plus_penalty"] = {n: None if g is None else g.clone() for n, g in gradients(model).items()}
         try:
             penalty(x[part]).backward()
             outcome["penalty_alone"] = "no error"
@@ -163,17 +161,13 @@ def ddp_worker(rank: int, world: int, folder: str) -> None:
         dist.destroy_process_group()
 
 
-@pytest.mark.skipif(
-    not dist.is_available() or not dist.is_gloo_available(), reason="torch was built without gloo"
-)
+@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch was built without gloo")
 @pytest.mark.parametrize("world", [1, 2])
 def test_ddp(world: int, tmp_path: Path) -> None:
     torch.multiprocessing.spawn(ddp_worker, args=(world, str(tmp_path)), nprocs=world)
     entry = zoo.get("norm_group")
     model = entry.make().eval()
-    expected = double_backward(
-        model, *entry.data(4), strength=3.0, temperature=0.7, base_loss=F.cross_entropy
-    ).grads
+    expected = double_backward(model, *entry.data(4), strength=3.0, temperature=0.7, base_loss=F.cross_entropy).grads
     for rank in range(world):
         outcome = torch.load(tmp_path / f"rank{rank}.pt", weights_only=False)
         for name in [*ddp_options(world), "own_loss_plus_penalty"]:

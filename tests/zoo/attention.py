@@ -19,9 +19,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         n, length, dim = x.shape
-        q, k, v = (
-            self.qkv(x).reshape(n, length, 3, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
-        )
+        q, k, v = self.qkv(x).reshape(n, length, 3, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
         if self.fused:
             out = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         else:
@@ -80,9 +78,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.embed = nn.Linear(6, 8)
         layer = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True, **options)  # type: ignore[arg-type]
-        self.encoder = (
-            layer if depth == 1 else nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
-        )
+        self.encoder = layer if depth == 1 else nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
         self.head = nn.Linear(8, CLASSES)
         if frozen:
             self.requires_grad_(False)

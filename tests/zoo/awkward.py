@@ -293,9 +293,7 @@ def _dense(
     engine: str = "linearized",
     piecewise_linear: bool = False,
 ) -> Entry:
-    return Entry(
-        entry_id, lambda: Dense(forward, setup), (12,), engine=engine, piecewise_linear=piecewise_linear
-    )
+    return Entry(entry_id, lambda: Dense(forward, setup), (12,), engine=engine, piecewise_linear=piecewise_linear)
 
 
 def _normalised(m: Dense, x: Tensor) -> Tensor:

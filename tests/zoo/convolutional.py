@@ -73,9 +73,7 @@ def lenet() -> nn.Module:
 class PreActBlock(nn.Module):
     """Pre-activation block; a 1x1 convolution on the activated input where the shape changes."""
 
-    def __init__(
-        self, cin: int, cout: int, stride: int, slope: float = 0.0, channel_padding: bool = False
-    ) -> None:
+    def __init__(self, cin: int, cout: int, stride: int, slope: float = 0.0, channel_padding: bool = False) -> None:
         super().__init__()
         self.bn1, self.bn2 = nn.BatchNorm2d(cin), nn.BatchNorm2d(cout)
         self.conv1 = nn.Conv2d(cin, cout, 3, stride, 1, bias=False)
@@ -128,9 +126,7 @@ def preact_resnet18(width: int) -> nn.Module:
     return PreActNet(width, [(width, 2, 1), (2 * width, 2, 2), (4 * width, 2, 2), (8 * width, 2, 2)])
 
 
-def wide_resnet(
-    depth: int, factor: int, base: int = 16, slope: float = 0.0, padding: bool = False
-) -> nn.Module:
+def wide_resnet(depth: int, factor: int, base: int = 16, slope: float = 0.0, padding: bool = False) -> nn.Module:
     n, width = (depth - 4) // 6, base * factor
     return PreActNet(base, [(width, n, 1), (2 * width, n, 2), (4 * width, n, 2)], slope, padding)
 
@@ -149,9 +145,7 @@ class PostActBlock(nn.Module):
         )
         changes = stride != 1 or cin != cout
         self.shortcut = (
-            nn.Sequential(nn.Conv2d(cin, cout, 1, stride, bias=False), nn.BatchNorm2d(cout))
-            if changes
-            else None
+            nn.Sequential(nn.Conv2d(cin, cout, 1, stride, bias=False), nn.BatchNorm2d(cout)) if changes else None
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -182,9 +176,7 @@ class DenseNet(nn.Module):
         self.stem = nn.Conv2d(3, 4, 3, padding=1, bias=False)
         self.norms = nn.ModuleList(nn.BatchNorm2d(4 + 3 * i) for i in range(3))
         self.convs = nn.ModuleList(nn.Conv2d(4 + 3 * i, 3, 3, padding=1, bias=False) for i in range(3))
-        self.transition = nn.Sequential(
-            nn.BatchNorm2d(13), nn.ReLU(), nn.Conv2d(13, 6, 1, bias=False), nn.AvgPool2d(2)
-        )
+        self.transition = nn.Sequential(nn.BatchNorm2d(13), nn.ReLU(), nn.Conv2d(13, 6, 1, bias=False), nn.AvgPool2d(2))
         self.fc = nn.Linear(6, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -269,9 +261,7 @@ ENTRIES = [
         piecewise_linear=True,
         layers=("blocks.1", "fc"),
     ),
-    Entry(
-        "resnet_post_activation", post_activation_resnet, (3, 8, 8), piecewise_linear=True, layers=("4", "8")
-    ),
+    Entry("resnet_post_activation", post_activation_resnet, (3, 8, 8), piecewise_linear=True, layers=("4", "8")),
     Entry("densenet", DenseNet, (3, 6, 6), piecewise_linear=True, layers=("norms.1", "transition", "fc")),
     Entry("squeeze_excite", SqueezeExcite, (3, 6, 6), layers=("down", "fc")),
     Entry("shared_batchnorm", shared_batchnorm, (3, 6, 6), piecewise_linear=True),

@@ -44,9 +44,7 @@ def with_norm(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
     )
 
 
-def with_conv(
-    make: Callable[[], nn.Module], norm: type[nn.Module] = nn.BatchNorm2d
-) -> Callable[[], nn.Module]:
+def with_conv(make: Callable[[], nn.Module], norm: type[nn.Module] = nn.BatchNorm2d) -> Callable[[], nn.Module]:
     """A stem to 6 channels, the convolution under test (to 6 channels) between ReLUs, global mean, linear."""
     rank = {nn.BatchNorm1d: 1, nn.BatchNorm2d: 2, nn.BatchNorm3d: 3}[norm]  # type: ignore[index]
     stem = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[rank]
@@ -85,9 +83,7 @@ class Maxout(nn.Module):
 
 
 def separable() -> nn.Module:
-    return nn.Sequential(
-        nn.Conv2d(6, 6, 3, padding=1, groups=6), nn.BatchNorm2d(6), nn.ReLU6(), nn.Conv2d(6, 6, 1)
-    )
+    return nn.Sequential(nn.Conv2d(6, 6, 3, padding=1, groups=6), nn.BatchNorm2d(6), nn.ReLU6(), nn.Conv2d(6, 6, 1))
 
 
 def _plain(entry_id: str, build: Callable[[], nn.Module], shape: tuple[int, ...] = (3, 6, 6)) -> Entry:
@@ -95,9 +91,7 @@ def _plain(entry_id: str, build: Callable[[], nn.Module], shape: tuple[int, ...]
 
 
 ENTRIES = [
-    Entry(
-        "linear", lambda: nn.Sequential(nn.Flatten(), nn.Linear(12, CLASSES)), (12,), piecewise_linear=True
-    ),
+    Entry("linear", lambda: nn.Sequential(nn.Flatten(), nn.Linear(12, CLASSES)), (12,), piecewise_linear=True),
     Entry("mlp", mlp, (12,), piecewise_linear=True, layers=("1", "3", "5")),
     Entry("mlp_batchnorm", lambda: mlp(norm=True), (3, 2, 2), piecewise_linear=True, layers=("2", "4", "7")),
     Entry("mlp_no_bias", lambda: mlp(bias=False), (12,), piecewise_linear=True),
@@ -115,9 +109,7 @@ ENTRIES = [
     _plain("act_hardtanh", with_activation(lambda: nn.Hardtanh(-0.4, 0.6))),
     _plain("act_threshold", with_activation(lambda: nn.Threshold(0.1, -0.2))),
     _plain("act_rrelu", with_activation(nn.RReLU)),
-    _plain(
-        "act_abs_clamp", with_activation(lambda: Lambda(lambda h: h.abs().clamp(max=0.7) - h.clamp_min(0.2)))
-    ),
+    _plain("act_abs_clamp", with_activation(lambda: Lambda(lambda h: h.abs().clamp(max=0.7) - h.clamp_min(0.2)))),
     # Activations: curved.
     Entry("act_silu", with_activation(nn.SiLU), (3, 6, 6), layers=("1", "3")),
     Entry("act_silu_inplace", with_activation(lambda: nn.SiLU(inplace=True)), (3, 6, 6)),
@@ -150,18 +142,14 @@ ENTRIES = [
     Entry("norm_rms", with_norm(lambda: nn.RMSNorm(6)), (3, 6, 6)),
     Entry("norm_local_response", with_norm(lambda: nn.LocalResponseNorm(3)), (3, 6, 6)),
     _plain("norm_batch_no_affine", with_norm(lambda: nn.BatchNorm2d(6, affine=False))),
-    Entry(
-        "norm_batch_statistics", with_norm(lambda: nn.BatchNorm2d(6, track_running_stats=False)), (3, 6, 6)
-    ),
+    Entry("norm_batch_statistics", with_norm(lambda: nn.BatchNorm2d(6, track_running_stats=False)), (3, 6, 6)),
     # Convolutions.
     _plain("conv_depthwise", with_conv(lambda: nn.Conv2d(6, 6, 3, padding=1, groups=6))),
     _plain("conv_separable", with_conv(separable)),
     _plain("conv_grouped", with_conv(lambda: nn.Conv2d(6, 6, 3, groups=3, padding=1))),
     _plain("conv_dilated", with_conv(lambda: nn.Conv2d(6, 6, 3, dilation=2, padding=2)), (3, 7, 7)),
     _plain("conv_strided", with_conv(lambda: nn.Conv2d(6, 6, 3, stride=2)), (3, 8, 8)),
-    _plain(
-        "conv_uneven", with_conv(lambda: nn.Conv2d(6, 6, (3, 2), stride=(2, 1), padding=(0, 1))), (3, 8, 5)
-    ),
+    _plain("conv_uneven", with_conv(lambda: nn.Conv2d(6, 6, (3, 2), stride=(2, 1), padding=(0, 1))), (3, 8, 5)),
     _plain("conv_same", with_conv(lambda: nn.Conv2d(6, 6, 4, padding="same"))),
     _plain("conv_circular", with_conv(lambda: nn.Conv2d(6, 6, 3, padding=1, padding_mode="circular"))),
     _plain("conv_reflect", with_conv(lambda: nn.Conv2d(6, 6, 3, padding=2, padding_mode="reflect"))),
@@ -174,18 +162,12 @@ ENTRIES = [
         with_conv(lambda: nn.ConvTranspose2d(6, 6, 3, 2, output_padding=1, groups=2, dilation=2, bias=False)),
         (3, 4, 4),
     ),
-    _plain(
-        "conv_transposed_1d", with_conv(lambda: nn.ConvTranspose1d(6, 6, 4, stride=3), nn.BatchNorm1d), (3, 5)
-    ),
-    _plain(
-        "conv_transposed_3d", with_conv(lambda: nn.ConvTranspose3d(6, 6, 2), nn.BatchNorm3d), (3, 3, 3, 3)
-    ),
+    _plain("conv_transposed_1d", with_conv(lambda: nn.ConvTranspose1d(6, 6, 4, stride=3), nn.BatchNorm1d), (3, 5)),
+    _plain("conv_transposed_3d", with_conv(lambda: nn.ConvTranspose3d(6, 6, 2), nn.BatchNorm3d), (3, 3, 3, 3)),
     # Pools.
     _plain("pool_max", with_pool(lambda: nn.MaxPool2d(2))),
     _plain("pool_max_overlapping", with_pool(lambda: nn.MaxPool2d(3, stride=2, padding=1)), (3, 7, 7)),
-    _plain(
-        "pool_max_ceil_dilated", with_pool(lambda: nn.MaxPool2d(2, 2, dilation=2, ceil_mode=True)), (3, 8, 8)
-    ),
+    _plain("pool_max_ceil_dilated", with_pool(lambda: nn.MaxPool2d(2, 2, dilation=2, ceil_mode=True)), (3, 8, 8)),
     _plain("pool_avg", with_pool(lambda: nn.AvgPool2d(2))),
     _plain(
         "pool_avg_padded",
