@@ -12,9 +12,7 @@ carry, backward once (`adjoint`). There is no double backward in it.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,24 +20,11 @@ from torch import nn
 
 from emr_kernels.linearize.fusion import fuse
 from emr_kernels.linearize.graph import Binding, Graph, resolve
+from emr_kernels.linearize.plan import Plan, Planner
 from emr_kernels.linearize.rules import GenericRule, Rule
 from emr_kernels.linearize.rules.convolution import BilinearRule
-from emr_kernels.linearize.rules.normalization import AffineReluRule
-from emr_kernels.linearize.scales import find_scale_sources, smallest_scale
+from emr_kernels.linearize.scales import smallest_scale
 from emr_kernels.linearize.wrappers import ordinary, ordinary_tensors
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What each call has to do, given which leaves' gradients are wanted. Lists run parallel to the calls."""
-
-    wanted: list[tuple[bool, ...]]
-    needs_primal: list[bool]
-    keeps_cotangent: list[bool]
-    needs_tangent: list[bool]
-    first_wanted: int
-    by_identity: dict[int, int]  # BatchNorm's place -> its scale's place among the leaves; see `scales`
-    identity_layers: dict[int, list[int]]  # a layer's place -> the BatchNorms that its weight gradient serves
 
 
 class Point:
@@ -68,91 +53,13 @@ class Program:
         self.taps = tuple(taps)
         self.rules: list[Rule] = fuse(graph.body, {*taps, graph.output})
         self.is_active = [bool(rule.node.active or rule.node.weights) for rule in self.rules]
-        self._leaf_place = {leaf: place for place, leaf in enumerate(graph.leaves)}
-        self._releases = self._last_uses()
-        self._mark_free({*taps, graph.output, graph.input})
-        self._tapped = self._downstream_of_taps()
-        self._plans: dict[tuple[bool, ...], Plan] = {}
-        dims = {index: len(shape) for index, shape in graph.shapes.items()}
-        self._scale_sources = find_scale_sources(self.rules, {*taps, graph.output}, dims)
+        self.planner = Planner(graph, self.rules, self.taps)
         self._paths = [(binding, binding.name.split(".")) for binding in graph.bindings]
         self.image_like = any("conv2d" in str(rule.node.target) for rule in self.rules)
 
-    def _last_uses(self) -> list[list[int]]:
-        """For each call, the values that nothing reads after it."""
-        last: dict[int, int] = {}
-        for place, rule in enumerate(self.rules):
-            for ref in rule.node.refs():
-                last[ref] = place
-        fixed = {binding.index for binding in self.graph.bindings} | {self.graph.output}
-        releases: list[list[int]] = [[] for _ in self.rules]
-        for ref, place in last.items():
-            if ref not in fixed:
-                releases[place].append(ref)
-        return releases
-
-    def _mark_free(self, kept: set[int]) -> None:
-        """Tell each rule which of its activations are new memory that it alone reads."""
-        uses = Counter(ref for rule in self.rules for ref in rule.node.refs())
-        fresh = {rule.node.index for rule in self.rules if rule.fresh} - kept
-        for rule in self.rules:
-            rule.free = tuple(ref in fresh and uses[ref] == 1 for ref in rule.node.active)
-
-    def _downstream_of_taps(self) -> set[int]:
-        tapped = set(self.taps)
-        for rule in self.rules:
-            if any(ref in tapped for ref in rule.node.active):
-                tapped.add(rule.node.index)
-        return tapped
-
     def plan(self, wanted: tuple[bool, ...]) -> Plan:
         """The plan for these wanted leaves (parallel to `graph.leaves`)."""
-        if wanted not in self._plans:
-            self._plans[wanted] = self._make_plan(wanted)
-        return self._plans[wanted]
-
-    def _make_plan(self, wanted: tuple[bool, ...]) -> Plan:
-        masks = [tuple(wanted[self._leaf_place[ref]] for ref in rule.node.weights) for rule in self.rules]
-        anything = any(wanted)
-        bends: set[int] = set()  # values with a curved call downstream
-        carries: set[int] = set()  # values whose tangent some call reads
-        needs_primal, keeps, tangent = [], [], []
-        for rule, mask in zip(reversed(self.rules), reversed(masks), strict=True):
-            index = rule.node.index
-            active = any(ref in self._tapped for ref in rule.node.active)
-            keeps.append(active and (rule.curved or any(mask)))
-            needs_primal.append(index in bends and any(mask))
-            tangent.append(index in carries)
-            if (rule.curved and active) or index in bends:
-                bends.update(rule.node.active)
-            if keeps[-1] or index in carries:
-                carries.update(rule.node.active)
-        if not anything and not bends:
-            keeps = [False] * len(keeps)
-        first = next((place for place, mask in enumerate(masks) if any(mask)), len(masks))
-        by_identity, layers = self._identities(wanted, masks)
-        return Plan(masks, needs_primal[::-1], keeps[::-1], tangent[::-1], first, by_identity, layers)
-
-    def _identities(
-        self, wanted: tuple[bool, ...], masks: list[tuple[bool, ...]]
-    ) -> tuple[dict[int, int], dict[int, list[int]]]:
-        """Which wanted BatchNorm scales can be had from wanted weight gradients."""
-        by_identity: dict[int, int] = {}
-        layers: dict[int, list[int]] = {}
-        for place, source in self._scale_sources.items():
-            norm = self.rules[place]
-            assert isinstance(norm, AffineReluRule)
-            if norm.scale_place is None or not masks[place][norm.scale_place]:
-                continue
-            served = [(layer, self.rules[layer]) for layer in source.layers]
-            if all(
-                isinstance(rule, BilinearRule) and rule.weight_place is not None and masks[layer][rule.weight_place]
-                for layer, rule in served
-            ):
-                by_identity[place] = self._leaf_place[norm.node.weights[norm.scale_place]]
-                for layer in source.layers:
-                    layers.setdefault(layer, []).append(place)
-        return by_identity, layers
+        return self.planner.plan(wanted)
 
     def bind(self, model: nn.Module, batch: int) -> list[Any]:
         """Values of everything that does not depend on the data of x, from the live model.
@@ -205,7 +112,7 @@ class Program:
                     output, point.residuals[place] = rule.forward(args, plan.needs_primal[place])
                 values[node.index] = output
                 point.dtypes[node.index] = _dtype(output)
-                for ref in self._releases[place]:
+                for ref in self.planner.releases[place]:
                     values[ref] = None
         point.logits = values[graph.output]
         point.spared = self._spared(point)
@@ -251,7 +158,7 @@ class Program:
                 rule = self.rules[place]
                 index = rule.node.index
                 cotangent = cotangents[index]
-                if cotangent is None or index not in self._tapped:
+                if cotangent is None or index not in self.planner.tapped:
                     continue
                 cotangents[index] = None
                 if index in self.taps:
@@ -259,12 +166,12 @@ class Program:
                 stays = keep and plan.keeps_cotangent[place] and place not in point.spared
                 if stays:
                     kept[place] = cotangent
-                if not any(ref in self._tapped for ref in rule.node.active):
+                if not any(ref in self.planner.tapped for ref in rule.node.active):
                     continue
                 free = index in owned and not stays and index not in self.taps
                 grads = (rule.vjp_into if free else rule.vjp)(point.residuals[place], cotangent)
                 for ref, grad in zip(rule.node.active, grads, strict=True):
-                    if grad is not None and ref in self._tapped:
+                    if grad is not None and ref in self.planner.tapped:
                         if rule.fresh or cotangents[ref] is not None:
                             owned.add(ref)
                         cotangents[ref] = _add(cotangents[ref], grad, point.dtypes[ref], rule.fresh)
@@ -339,7 +246,7 @@ class Program:
                     out = None
                 if out is not None:
                     flow[node.index] = _add(flow[node.index], out, point.dtypes[node.index], False)
-                for ref in self._releases[place]:
+                for ref in self.planner.releases[place]:
                     flow[ref] = None
             del flow
             if any(a is not None for a in adjoints):
@@ -376,7 +283,9 @@ class Program:
             assert isinstance(layer, BilinearRule) and layer.weight_place is not None
             weight_grad = found[layer.weight_place]
             assert weight_grad is not None
-            products = layer.channel_products(point.residuals[place], weight_grad, self._scale_sources[norm].reads)
+            products = layer.channel_products(
+                point.residuals[place], weight_grad, self.planner.scale_sources[norm].reads
+            )
             affine = point.residuals[norm].affine
             grad = products * (affine.inverse_std / affine.scale)
             leaf = point.plan.by_identity[norm]
@@ -386,7 +295,7 @@ class Program:
     def _collect(self, grads: list[torch.Tensor | None], place: int, found: Sequence[torch.Tensor | None]) -> None:
         for ref, grad in zip(self.rules[place].node.weights, found, strict=True):
             if grad is not None:
-                leaf = self._leaf_place[ref]
+                leaf = self.planner.leaf_place[ref]
                 held = grads[leaf]
                 grads[leaf] = grad if held is None else held + grad
 

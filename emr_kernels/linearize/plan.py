@@ -1,0 +1,123 @@
+"""What is known about a program before it runs: lifetimes, which memory may be reused, who has to do what."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from emr_kernels.linearize.graph import Graph
+from emr_kernels.linearize.rules import Rule
+from emr_kernels.linearize.rules.convolution import BilinearRule
+from emr_kernels.linearize.rules.normalization import AffineReluRule
+from emr_kernels.linearize.scales import find_scale_sources
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What each call has to do, given which leaves' gradients are wanted. Lists run parallel to the calls."""
+
+    wanted: list[tuple[bool, ...]]
+    needs_primal: list[bool]
+    keeps_cotangent: list[bool]
+    needs_tangent: list[bool]
+    first_wanted: int
+    by_identity: dict[int, int]  # BatchNorm's place -> its scale's place among the leaves; see `scales`
+    identity_layers: dict[int, list[int]]  # a layer's place -> the BatchNorms that its weight gradient serves
+
+
+class Planner:
+    """Analyses one program's calls.
+
+    Attributes:
+        releases: for each call, the values that nothing reads after it.
+        tapped: values that a tangent can reach.
+        leaf_place: place among `graph.leaves` by value.
+        scale_sources: see `scales`, by BatchNorm's place.
+    """
+
+    def __init__(self, graph: Graph, rules: list[Rule], taps: Sequence[int]) -> None:
+        self.graph = graph
+        self.rules = rules
+        kept = {*taps, graph.output}
+        dims = {index: len(shape) for index, shape in graph.shapes.items()}
+        self.leaf_place = {leaf: place for place, leaf in enumerate(graph.leaves)}
+        self.releases = self._last_uses()
+        self.tapped = self._downstream_of(taps)
+        self.scale_sources = find_scale_sources(rules, kept, dims)
+        self._mark_free({*kept, graph.input})
+        self._plans: dict[tuple[bool, ...], Plan] = {}
+
+    def plan(self, wanted: tuple[bool, ...]) -> Plan:
+        """The plan for these wanted leaves (parallel to `graph.leaves`)."""
+        if wanted not in self._plans:
+            self._plans[wanted] = self._make_plan(wanted)
+        return self._plans[wanted]
+
+    def _last_uses(self) -> list[list[int]]:
+        """For each call, the values that nothing reads after it."""
+        last: dict[int, int] = {}
+        for place, rule in enumerate(self.rules):
+            for ref in rule.node.refs():
+                last[ref] = place
+        fixed = {binding.index for binding in self.graph.bindings} | {self.graph.output}
+        releases: list[list[int]] = [[] for _ in self.rules]
+        for ref, place in last.items():
+            if ref not in fixed:
+                releases[place].append(ref)
+        return releases
+
+    def _mark_free(self, kept: set[int]) -> None:
+        """Tell each rule which of its activations are new memory that it alone reads."""
+        uses = Counter(ref for rule in self.rules for ref in rule.node.refs())
+        fresh = {rule.node.index for rule in self.rules if rule.fresh} - kept
+        for rule in self.rules:
+            rule.free = tuple(ref in fresh and uses[ref] == 1 for ref in rule.node.active)
+
+    def _downstream_of(self, taps: Sequence[int]) -> set[int]:
+        tapped = set(taps)
+        for rule in self.rules:
+            if any(ref in tapped for ref in rule.node.active):
+                tapped.add(rule.node.index)
+        return tapped
+
+    def _make_plan(self, wanted: tuple[bool, ...]) -> Plan:
+        masks = [tuple(wanted[self.leaf_place[ref]] for ref in rule.node.weights) for rule in self.rules]
+        anything = any(wanted)
+        bends: set[int] = set()  # values with a curved call downstream
+        carries: set[int] = set()  # values whose tangent some call reads
+        needs_primal, keeps, tangent = [], [], []
+        for rule, mask in zip(reversed(self.rules), reversed(masks), strict=True):
+            index = rule.node.index
+            active = any(ref in self.tapped for ref in rule.node.active)
+            keeps.append(active and (rule.curved or any(mask)))
+            needs_primal.append(index in bends and any(mask))
+            tangent.append(index in carries)
+            if (rule.curved and active) or index in bends:
+                bends.update(rule.node.active)
+            if keeps[-1] or index in carries:
+                carries.update(rule.node.active)
+        if not anything and not bends:
+            keeps = [False] * len(keeps)
+        first = next((place for place, mask in enumerate(masks) if any(mask)), len(masks))
+        by_identity, layers = self._identities(masks)
+        return Plan(masks, needs_primal[::-1], keeps[::-1], tangent[::-1], first, by_identity, layers)
+
+    def _identities(self, masks: list[tuple[bool, ...]]) -> tuple[dict[int, int], dict[int, list[int]]]:
+        """Which wanted BatchNorm scales can be had from wanted weight gradients."""
+        by_identity: dict[int, int] = {}
+        layers: dict[int, list[int]] = {}
+        for place, source in self.scale_sources.items():
+            norm = self.rules[place]
+            assert isinstance(norm, AffineReluRule)
+            if norm.scale_place is None or not masks[place][norm.scale_place]:
+                continue
+            served = [(layer, self.rules[layer]) for layer in source.layers]
+            if all(
+                isinstance(rule, BilinearRule) and rule.weight_place is not None and masks[layer][rule.weight_place]
+                for layer, rule in served
+            ):
+                by_identity[place] = self.leaf_place[norm.node.weights[norm.scale_place]]
+                for layer in source.layers:
+                    layers.setdefault(layer, []).append(place)
+        return by_identity, layers
