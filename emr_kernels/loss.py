@@ -46,6 +46,11 @@ class LossTerms(PenaltyTerms):
     total: torch.Tensor
     logits: torch.Tensor
 
+    @property
+    def cross_entropy(self) -> torch.Tensor:
+        """The base loss, by the name of the default one."""
+        return self.base_loss
+
 
 class EffectiveWeightPenalty(nn.Module):
     r"""The squared norm of the effective weight, exact, with its exact parameter gradient.
