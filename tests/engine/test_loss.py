@@ -191,6 +191,7 @@ def test_terms_of_the_last_call() -> None:
     reference = double_backward(model, x, temperature=0.7, layers=layers)
     last = criterion.last
     torch.testing.assert_close(last.base_loss, F.cross_entropy(model(x), y).detach())
+    assert last.cross_entropy is last.base_loss
     torch.testing.assert_close(last.penalty, reference.value)
     torch.testing.assert_close(last.total, total.detach())
     torch.testing.assert_close(last.logits, model(x).detach())
