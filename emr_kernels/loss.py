@@ -167,7 +167,11 @@ class EffectiveWeightPenalty(nn.Module):
         return engine
 
     def refresh(self) -> None:
-        """Export the model again at the next call, after a change that its modules and parameters do not show."""
+        """Export the model again at the next call, after a change that its modules and parameters do not show.
+
+        Such as a plain attribute that `forward` branches on, or a forward hook that changes values (hooks run when
+        the model is exported, and not again).
+        """
         forget(unwrap(self.model))
         self.engine, self.engine_reason = "unprepared", None
 
@@ -319,7 +323,11 @@ class EMRLoss(nn.Module):
         self.penalty.prepare(x)
 
     def refresh(self) -> None:
-        """Export the model again at the next call, after a change that its modules and parameters do not show."""
+        """Export the model again at the next call, after a change that its modules and parameters do not show.
+
+        Such as a plain attribute that `forward` branches on, or a forward hook that changes values (hooks run when
+        the model is exported, and not again).
+        """
         self.penalty.refresh()
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

@@ -45,9 +45,13 @@ _ENTRIES: weakref.WeakKeyDictionary[nn.Module, _Entry] = weakref.WeakKeyDictiona
 def fingerprint(model: nn.Module) -> Any:
     """What a change of structure shows in: the module tree, and every tensor's identity, shape, dtype and device.
 
+    PyTorch's own modules show their options (an eps, a stride) in `extra_repr`; a user's module may put anything there.
     Changed values (an optimizer step, `load_state_dict`) leave it as it is.
     """
-    modules = tuple((name, type(module)) for name, module in model.named_modules(remove_duplicate=False))
+    modules = tuple(
+        (name, type(module), module.extra_repr() if type(module).__module__.startswith("torch.nn.") else "")
+        for name, module in model.named_modules(remove_duplicate=False)
+    )
     tensors: list[Any] = []
     for module in model.modules():
         for group in (module._parameters, module._buffers):

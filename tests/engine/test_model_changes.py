@@ -27,9 +27,10 @@ class Net(nn.Module):
         self.register_buffer("std", 0.5 + torch.rand(6))
         self.a, self.bn, self.b = nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 4)
         self.act: nn.Module = nn.LeakyReLU(0.1)
+        self.gain = 1.0
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.b(self.act(self.bn(self.a((x - self.mean.to(x)) / self.std))))
+        return self.b(self.act(self.bn(self.a((x - self.mean.to(x)) / self.std)))) * self.gain
 
 
 def data() -> Tensor:
@@ -130,6 +131,11 @@ def back_to_evaluation(m: Net) -> None:
     m.eval()
 
 
+def change_options(m: Net) -> None:
+    m.bn.eps = 0.3
+    m.act.negative_slope = 0.6  # type: ignore[assignment]
+
+
 CHANGES: list[Callable[[Net], None]] = [
     optimizer_like_step,
     load_other_state,
@@ -150,6 +156,7 @@ CHANGES: list[Callable[[Net], None]] = [
     move_statistics,
     remove_statistics,
     back_to_evaluation,
+    change_options,
 ]
 
 
@@ -175,7 +182,7 @@ def test_refresh_for_what_no_fingerprint_sees() -> None:
     model = Net().double()
     penalty = EffectiveWeightPenalty(model, temperature=0.7)
     assert_right(penalty, model)
-    model.act.negative_slope = 0.6  # type: ignore[assignment]
+    model.gain = 1.5
     penalty.refresh()
     assert_right(penalty, model)
 
