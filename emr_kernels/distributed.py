@@ -10,6 +10,15 @@ from torch import nn
 
 from emr_kernels.linearize.wrappers import find_ddp
 
+_watched: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_prepared: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+def _note_forward(module: nn.Module, args: Any, output: Any) -> None:
+    """Forward hook of a DDP wrapper: its next backward is prepared."""
+    if torch.is_grad_enabled():
+        _prepared.add(module)
+
 
 class SynchronisationGuard:
     """Knows whether the DDP wrapper ran forward since the last backward.
@@ -20,15 +29,9 @@ class SynchronisationGuard:
 
     def __init__(self, ddp: nn.parallel.DistributedDataParallel) -> None:
         self._ddp = weakref.ref(ddp)
-        self._prepared = False
-        me = weakref.ref(self)
-
-        def note(module: nn.Module, args: Any, output: Any) -> None:
-            guard = me()
-            if guard is not None and torch.is_grad_enabled():
-                guard._prepared = True
-
-        ddp.register_forward_hook(note)
+        if ddp not in _watched:
+            _watched.add(ddp)
+            ddp.register_forward_hook(_note_forward)
 
     @classmethod
     def of(cls, model: nn.Module) -> SynchronisationGuard | None:
@@ -45,7 +48,7 @@ class SynchronisationGuard:
         ddp = self._ddp()
         if ddp is None or not ddp.require_backward_grad_sync:
             return
-        if not self._prepared:
+        if ddp not in _prepared:
             raise RuntimeError(
                 "backward() of the effective weight penalty alone on a DistributedDataParallel model would not "
                 "synchronise gradients; add the penalty to a loss whose logits come from the DDP model, and call "
@@ -55,7 +58,9 @@ class SynchronisationGuard:
         torch.autograd.Variable._execution_engine.queue_callback(self._finished)
 
     def _finished(self) -> None:
-        self._prepared = False
+        ddp = self._ddp()
+        if ddp is not None:
+            _prepared.discard(ddp)
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError("a penalty on a DistributedDataParallel model cannot be copied or pickled")

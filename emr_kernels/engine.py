@@ -13,6 +13,7 @@ from emr_kernels.function import PenaltyFunction, Request, evaluate
 from emr_kernels.linearize.cache import find_program
 from emr_kernels.linearize.export import UnsupportedModelError
 from emr_kernels.linearize.program import Program
+from emr_kernels.linearize.wrappers import ordinary
 from emr_kernels.options import PenaltyOptions
 
 
@@ -42,6 +43,7 @@ class Engine:
 
         `model` is the unwrapped module.
         """
+        x = ordinary(x)
         if self.program is None:
             squares, norms = squared_norms(model, x, y, options)
             return (squares if factor is None else squares.sum() * factor), norms

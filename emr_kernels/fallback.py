@@ -13,7 +13,7 @@ from emr_kernels.checks import check_logits
 from emr_kernels.directions import seeds
 from emr_kernels.linearize.cache import INPUT
 from emr_kernels.linearize.verify import untouched_forward
-from emr_kernels.linearize.wrappers import evaluation_mode, exact_attention
+from emr_kernels.linearize.wrappers import evaluation_mode, exact_attention, ordinary, ordinary_tensors
 from emr_kernels.options import PenaltyOptions
 
 
@@ -26,10 +26,11 @@ def squared_norms(
         `[N]`, and the norms by layer, `[N]` each, detached.
     """
     wants_gradient = torch.is_grad_enabled()
-    with torch.enable_grad(), evaluation_mode(model), exact_attention():
-        source = x if x.requires_grad else x.detach().requires_grad_()
+    with ordinary_tensors(), torch.enable_grad(), evaluation_mode(model), exact_attention():
+        source = x if x.requires_grad else ordinary(x).detach().requires_grad_()
+        # The model gets copies, here and at the layers: it may write into its inputs.
         with _captured(model, [layer for layer in options.layers if layer != INPUT]) as inputs:
-            logits = untouched_forward(model, source)
+            logits = untouched_forward(model, source.clone())
         check_logits(logits, x.shape[0])
         taps = [source if layer == INPUT else inputs[layer] for layer in options.layers]
         rows: list[Any] = [0] * len(taps)
@@ -43,6 +44,9 @@ def squared_norms(
                 materialize_grads=True,
             )
             for place, weight in enumerate(weights):
+                if weight.shape[0] % x.shape[0]:
+                    layer = options.layers[place]
+                    raise ValueError(f"layers: {layer!r} takes {tuple(weight.shape)}; expected the batch first")
                 wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
                 rows[place] = rows[place] + wide.reshape(x.shape[0], -1).square().sum(1)
     norms = {layer: row.detach().sqrt() for layer, row in zip(options.layers, rows, strict=True)}
@@ -60,8 +64,9 @@ def _captured(model: nn.Module, layers: list[str]) -> Iterator[dict[str, torch.T
         if layer not in modules:
             raise ValueError(f"layers: {layer!r} is not a module of the model; expected 'input' or one of its modules")
 
-        def keep(module: nn.Module, args: tuple[Any, ...], layer: str = layer) -> None:
+        def keep(module: nn.Module, args: tuple[Any, ...], layer: str = layer) -> Any:
             inputs[layer] = args[0]
+            return (args[0].clone(), *args[1:])
 
         hooks.append(modules[layer].register_forward_pre_hook(keep))
     try:

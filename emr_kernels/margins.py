@@ -12,7 +12,7 @@ from emr_kernels.directions import DIRECTIONS, NEEDS_LABELS, rivals, seeds
 from emr_kernels.linearize import LinearizedPoint, UnsupportedModelError
 from emr_kernels.linearize.cache import find_program
 from emr_kernels.linearize.verify import untouched_forward
-from emr_kernels.linearize.wrappers import evaluation_mode, exact_attention, unwrap
+from emr_kernels.linearize.wrappers import evaluation_mode, exact_attention, ordinary, ordinary_tensors, unwrap
 from emr_kernels.options import number, whole
 
 ORDERS = (1, 2, float("inf"))
@@ -22,16 +22,17 @@ class _AutogradPoint:
     """The same face as `LinearizedPoint`, by autograd on the live model, for models that cannot be exported."""
 
     def __init__(self, model: nn.Module, x: torch.Tensor) -> None:
-        with torch.enable_grad(), evaluation_mode(model), exact_attention():
+        with ordinary_tensors(), torch.enable_grad(), evaluation_mode(model), exact_attention():
             self._x = x.detach().clone().requires_grad_()
-            self._live = untouched_forward(model, self._x)
+            self._live = untouched_forward(model, self._x.clone())
         check_logits(self._live, x.shape[0])
         self.logits = self._live.detach()
 
     def vjp(self, seed: torch.Tensor) -> torch.Tensor:
-        (weight,) = torch.autograd.grad(
-            self._live, self._x, seed.to(self._live.dtype), retain_graph=True, materialize_grads=True
-        )
+        with ordinary_tensors():
+            (weight,) = torch.autograd.grad(
+                self._live, self._x, ordinary(seed).to(self._live.dtype), retain_graph=True, materialize_grads=True
+            )
         return weight
 
 

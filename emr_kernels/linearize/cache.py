@@ -49,7 +49,7 @@ def fingerprint(model: nn.Module) -> Any:
     Changed values (an optimizer step, `load_state_dict`) leave it as it is.
     """
     modules = tuple(
-        (name, type(module), module.extra_repr() if type(module).__module__.startswith("torch.nn.") else "")
+        (name, weakref.ref(module), module.extra_repr() if type(module).__module__.startswith("torch.nn.") else "")
         for name, module in model.named_modules(remove_duplicate=False)
     )
     tensors: list[Any] = []

@@ -136,7 +136,11 @@ class Graph:
         entering = {ref for node in inside for ref in node.active if ref not in made}
         if len(entering) != 1:
             raise ValueError(f"layers: {name!r} takes {len(entering)} differentiable inputs; expected one")
-        return entering.pop()
+        index = entering.pop()
+        shape = self.shapes.get(index, (None,))
+        if self.batches[1] > self.batches[0] and None in shape and shape[0] is not None:
+            raise ValueError(f"layers: {name!r} takes an input whose first dimension is not the batch")
+        return index
 
 
 def flatten(args: Any) -> list[Any]:

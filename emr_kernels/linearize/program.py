@@ -99,9 +99,10 @@ class Program:
             for place, rule in enumerate(self.rules):
                 node = rule.node
                 args = resolve(node.args, values)
-                if enabled and rule.matmul:
-                    args = tuple(_cast(arg, low) for arg in args)
-                    point.operand_dtypes[place] = low
+                if enabled and (rule.matmul or rule.full_precision):
+                    operands = low if rule.matmul else torch.float32
+                    args = tuple(_cast(arg, operands) for arg in args)
+                    point.operand_dtypes[place] = operands
                 if not self.is_active[place] or isinstance(rule, GenericRule):
                     with torch.autocast(device, dtype=low, enabled=enabled):
                         if self.is_active[place]:
@@ -300,6 +301,9 @@ class Program:
                 grads[leaf] = grad if held is None else held + grad
 
 
+_AUTOCAST_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
 def _look_up(model: nn.Module, binding: Binding, path: list[str]) -> torch.Tensor:
     value: Any = model
     for part in path:
@@ -318,7 +322,7 @@ def _dtype(value: Any) -> Any:
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:
-    if isinstance(value, torch.Tensor) and value.is_floating_point() and value.dtype != dtype:
+    if isinstance(value, torch.Tensor) and value.dtype in _AUTOCAST_DTYPES and value.dtype != dtype:
         return value.to(dtype)
     return value
 

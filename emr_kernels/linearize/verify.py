@@ -6,7 +6,9 @@ gradients may be inlined. Logits, effective weights and the penalty's parameter 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -41,7 +43,7 @@ def probe(model: nn.Module, x: torch.Tensor) -> int:
     devices = [x.device] if x.device.type == "cuda" else []
     with torch.no_grad(), evaluation_mode(model), torch.random.fork_rng(devices=devices):
         try:
-            logits = untouched_forward(model, x)
+            logits = untouched_forward(model, x.clone())
         except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as error:
             message = str(error).strip().splitlines()
             raise ValueError(
@@ -61,15 +63,20 @@ def find_mismatch(model: nn.Module, program: Program, x: torch.Tensor) -> str | 
         x: `[N, ...]`, a few samples.
     """
     x = x.detach()
-    with torch.enable_grad(), evaluation_mode(model), plain_kernels(x.device.type):
+    # A weight that happens to be zero, or frozen, would hide what is wrong with the derivative.
+    with torch.enable_grad(), evaluation_mode(model), plain_kernels(x.device.type), _perturbed(model):
         values = program.bind(model, x.shape[0])
+        bound = {id(values[binding.index]) for binding in program.graph.bindings}
         leaves = program.leaves(values)
         plan = program.plan(tuple(leaf.requires_grad for leaf in leaves))
         point = program.forward(values, x, plan)
         live_x = x.clone().requires_grad_()
-        live_logits = untouched_forward(model, live_x)
+        live_logits = untouched_forward(model, live_x.clone())
         if point.logits.shape != live_logits.shape or _differs([point.logits], [live_logits.detach()]):
             return "its logits differ from the model's"
+        foreign = _foreign_node(live_logits, bound | {id(live_x)})
+        if foreign is not None:
+            return foreign
         steps = torch.arange(live_logits.numel(), device=x.device, dtype=torch.float32)
         seed = torch.cos(steps).view(live_logits.shape).to(live_logits.dtype)
         (weight,), kept = program.vjp(point, seed, keep=True)
@@ -93,6 +100,42 @@ def find_mismatch(model: nn.Module, program: Program, x: torch.Tensor) -> str | 
             return None
         if _differs(found, expected, parameters):
             return "its parameter gradient differs from autograd's double backward"
+    return None
+
+
+@contextmanager
+def _perturbed(model: nn.Module) -> Iterator[None]:
+    """Every floating-point parameter moved a little and requiring grad, for a while; bit for bit as before after."""
+    parameters = [p for p in model.parameters() if p.is_floating_point()]
+    before = [(p, p.detach().clone(), p.requires_grad) for p in parameters]
+    try:
+        for p, value, _ in before:
+            wave = torch.cos(torch.arange(p.numel(), device=p.device, dtype=torch.float32)).view(p.shape)
+            size = 0.05 * value.float().abs().mean() + 0.01
+            p.data.copy_(value + (size * wave).to(p.dtype))
+            p.requires_grad_()
+        yield
+    finally:
+        for p, value, requires_grad in before:
+            p.data.copy_(value)
+            p.requires_grad_(requires_grad)
+
+
+def _foreign_node(logits: torch.Tensor, known: set[int]) -> str | None:
+    """What in the live forward's graph an exported program cannot hold: a custom backward, or an unknown leaf."""
+    seen: set[Any] = set()
+    stack = [logits.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if isinstance(node, torch.autograd.function.BackwardCFunction):
+            return f"forward calls an autograd.Function of its own ({type(node).__name__})"
+        variable = getattr(node, "variable", None)
+        if isinstance(variable, torch.Tensor) and id(variable) not in known:
+            return f"forward uses a tensor {tuple(variable.shape)} that is not a parameter of the model"
+        stack.extend(parent for parent, _ in node.next_functions)
     return None
 
 

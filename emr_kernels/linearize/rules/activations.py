@@ -90,7 +90,7 @@ class PreluRule(Rule):
         return node.is_active(0) and len(node.active) == 1 and len(node.weights) <= 1
 
     def forward(self, args: tuple[Any, ...], primal: bool) -> tuple[Any, Any]:
-        input, weight = args
+        input, weight = args[0], args[1].to(args[0].dtype)
         return aten.prelu.default(input, weight), _PreluResidual(input > 0, weight, input if primal else None)
 
     def _scaled(self, residual: _PreluResidual, vector: torch.Tensor) -> torch.Tensor:
@@ -184,6 +184,8 @@ class GeluRule(_SmoothRule):
 @rule_for(aten.softplus.default)
 class SoftplusRule(_SmoothRule):
     """log(1 + exp(βx))/β, the identity where βx exceeds the threshold."""
+
+    full_precision = True
 
     def slope_times(self, x: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
         beta, threshold = self.options

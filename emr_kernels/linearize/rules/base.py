@@ -43,6 +43,8 @@ class Rule:
     """Whether J depends on the activations."""
     matmul: ClassVar[bool] = False
     """Whether autocast runs the operator in its low-precision dtype."""
+    full_precision: bool = False
+    """Whether autocast runs the operator in float32."""
     fresh: ClassVar[bool] = False
     """Whether `forward`, `vjp` and `jvp` return memory of their own, that others may write into."""
 

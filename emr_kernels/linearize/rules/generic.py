@@ -88,9 +88,10 @@ class GenericRule(Rule):
         return tuple(grads)
 
     def param_vjp(self, residual: _Residual, cotangent: Any, wanted: Sequence[bool]) -> Tensors:
-        at = [i for i, w in zip(self._weight_at, wanted, strict=True) if w]
+        # The activations' gradients are asked for too: GroupNorm's backward on the CPU crashes without them.
+        at = self._active_at + [i for i, w in zip(self._weight_at, wanted, strict=True) if w]
         inputs, outputs = self._replay(residual, at)
-        grads = iter(self._pull(outputs, inputs, cotangent, create_graph=False))
+        grads = iter(self._pull(outputs, inputs, cotangent, create_graph=False)[len(self._active_at) :])
         return tuple(next(grads) if w else None for w in wanted)
 
     def jvp(self, residual: _Residual, tangents: Tensors) -> Any:

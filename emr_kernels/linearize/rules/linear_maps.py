@@ -92,6 +92,9 @@ class LinearMapRule(Rule):
 
     def __init__(self, node: Node) -> None:
         super().__init__(node)
+        name = node.target._schema.name  # type: ignore[attr-defined]
+        # Autocast keeps sums, and what has no low-precision kernel everywhere, in float32.
+        self.full_precision = any(part in name for part in ("pool", "cumsum", "upsample", "_pad"))
         self._inputs = frozenset(node.active) | frozenset(node.weights)
         self._order = [ref for ref in node.refs() if ref in self._inputs]
         self._active_at = [i for i, ref in enumerate(self._order) if ref in node.active]
@@ -231,6 +234,8 @@ class PermuteRule(Rule):
 @rule_for(aten.mean.dim, aten.mean.default, aten.sum.dim_IntList, aten.sum.default)
 class SumRule(Rule):
     """Sums and means over some extents."""
+
+    full_precision = True
 
     def forward(self, args: tuple[Any, ...], primal: bool) -> tuple[Any, Any]:
         input = args[0]
