@@ -12,8 +12,8 @@ from torch import nn
 from emr_kernels.checks import check_logits
 from emr_kernels.directions import seeds
 from emr_kernels.linearize.cache import INPUT
-from emr_kernels.linearize.verify import untouched_forward
-from emr_kernels.linearize.wrappers import evaluation_mode, exact_attention, ordinary, ordinary_tensors
+from emr_kernels.linearize.verify import live_evaluation, untouched_forward
+from emr_kernels.linearize.wrappers import ordinary
 from emr_kernels.options import PenaltyOptions
 
 
@@ -26,11 +26,10 @@ def squared_norms(
         `[N]`, and the norms by layer, `[N]` each, detached.
     """
     wants_gradient = torch.is_grad_enabled()
-    with ordinary_tensors(), torch.enable_grad(), evaluation_mode(model), exact_attention():
+    with live_evaluation(model):
         source = x if x.requires_grad else ordinary(x).detach().requires_grad_()
-        # The model gets copies, here and at the layers: it may write into its inputs.
         with _captured(model, [layer for layer in options.layers if layer != INPUT]) as inputs:
-            logits = untouched_forward(model, source.clone())
+            logits = untouched_forward(model, source)
         check_logits(logits, x.shape[0])
         taps = [source if layer == INPUT else inputs[layer] for layer in options.layers]
         rows: list[Any] = [0] * len(taps)
@@ -66,6 +65,7 @@ def _captured(model: nn.Module, layers: list[str]) -> Iterator[dict[str, torch.T
 
         def keep(module: nn.Module, args: tuple[Any, ...], layer: str = layer) -> Any:
             inputs[layer] = args[0]
+            # A copy, because the module may write into its input.
             return (args[0].clone(), *args[1:])
 
         hooks.append(modules[layer].register_forward_pre_hook(keep))

@@ -200,7 +200,7 @@ class EffectiveWeightPenalty(nn.Module):
 
     @torch.compiler.disable
     def compute(self, engine: Engine, x: torch.Tensor, y: torch.Tensor | None) -> torch.Tensor:
-        """The penalty of arguments that `prepare` has checked."""
+        """The penalty of arguments that `ready` has checked."""
         options = self.options
         batch = x.shape[0]
         repeats = 1

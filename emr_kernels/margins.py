@@ -11,8 +11,8 @@ from emr_kernels.checks import check_input, check_labels, check_logits, check_mo
 from emr_kernels.directions import DIRECTIONS, NEEDS_LABELS, rivals, seeds
 from emr_kernels.linearize import LinearizedPoint, UnsupportedModelError
 from emr_kernels.linearize.cache import find_program
-from emr_kernels.linearize.verify import untouched_forward
-from emr_kernels.linearize.wrappers import evaluation_mode, exact_attention, ordinary, ordinary_tensors, unwrap
+from emr_kernels.linearize.verify import live_evaluation, untouched_forward
+from emr_kernels.linearize.wrappers import ordinary, ordinary_tensors, unwrap
 from emr_kernels.options import number, whole
 
 ORDERS = (1, 2, float("inf"))
@@ -22,9 +22,9 @@ class _AutogradPoint:
     """The same face as `LinearizedPoint`, by autograd on the live model, for models that cannot be exported."""
 
     def __init__(self, model: nn.Module, x: torch.Tensor) -> None:
-        with ordinary_tensors(), torch.enable_grad(), evaluation_mode(model), exact_attention():
+        with live_evaluation(model):
             self._x = x.detach().clone().requires_grad_()
-            self._live = untouched_forward(model, self._x.clone())
+            self._live = untouched_forward(model, self._x)
         check_logits(self._live, x.shape[0])
         self.logits = self._live.detach()
 
@@ -41,10 +41,14 @@ def _point(model: nn.Module, x: torch.Tensor) -> LinearizedPoint | _AutogradPoin
         program = find_program(model, x)
     except UnsupportedModelError:
         return _AutogradPoint(model, x)
-    with torch.no_grad():
-        values = program.bind(model, x.shape[0])
-        plan = program.plan((False,) * len(program.graph.leaves))
-        return LinearizedPoint(program, program.forward(values, x, plan), x)
+    return LinearizedPoint.at(program, model, x)
+
+
+def _num_classes(model: nn.Module, x: torch.Tensor) -> int:
+    try:
+        return find_program(model, x).graph.num_classes
+    except UnsupportedModelError as error:
+        return error.num_classes
 
 
 def _checked(model: nn.Module, x: torch.Tensor) -> nn.Module:
@@ -137,11 +141,12 @@ def effective_weight_norms(
     number("temperature", temperature)
     if temperature <= 0:
         raise ValueError(f"temperature is {temperature}; expected a number > 0")
-    point = _point(_checked(model, x), x)
+    inner = _checked(model, x)
+    if direction in NEEDS_LABELS and classes is None:
+        check_labels(y, x, _num_classes(inner, x), values=True)
+    point = _point(inner, x)
     if classes is not None:
         return torch.stack([_norm(weight, ord) for weight in _class_weights(point, classes)], 1)
-    if direction in NEEDS_LABELS:
-        check_labels(y, x, point.logits.shape[1], values=True)
     norms = [_norm(point.vjp(seed), ord) for seed in seeds(point.logits, y, direction, temperature, center)]
     return norms[0] if len(norms) == 1 else torch.stack(norms).square().sum(0).sqrt()
 
@@ -181,23 +186,22 @@ def effective_margins(
         whole("top_k", top_k)
     if batch_size is not None:
         whole("batch_size", batch_size)
-    step = batch_size or x.shape[0]
-    if not isinstance(y, torch.Tensor) or y.shape[:1] != x.shape[:1]:
-        check_labels(y, x, 0)
+    classes = _num_classes(inner, x)
+    check_labels(y, x, classes, values=True)
+    if classes < 2:
+        raise ValueError(f"model has {classes} class; expected two or more")
+    # Parts of nearly equal size: a last part of a single sample would need an export of its own.
+    count = -(-x.shape[0] // (batch_size or x.shape[0]))
     parts = [
-        _margins(_point(inner, xs), xs, ys, ord, top_k) for xs, ys in zip(x.split(step), y.split(step), strict=True)
+        _margins(_point(inner, xs), ys, ord, top_k)
+        for xs, ys in zip(x.tensor_split(count), y.tensor_split(count), strict=True)
     ]
     return torch.cat(parts)
 
 
-def _margins(
-    point: LinearizedPoint | _AutogradPoint, x: torch.Tensor, y: torch.Tensor, ord: float, top_k: int | None
-) -> torch.Tensor:
+def _margins(point: LinearizedPoint | _AutogradPoint, y: torch.Tensor, ord: float, top_k: int | None) -> torch.Tensor:
     logits = point.logits.to(torch.promote_types(point.logits.dtype, torch.float32))
     classes = logits.shape[1]
-    check_labels(y, x, classes, values=True)
-    if classes < 2:
-        raise ValueError(f"model has {classes} class; expected two or more")
     own = logits.gather(1, y[:, None])[:, 0]
     best: torch.Tensor | None = None
     for j in rivals(logits, y, min(top_k or classes, classes - 1)).unbind(1):

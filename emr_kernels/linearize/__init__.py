@@ -28,6 +28,14 @@ class LinearizedPoint:
         self._dtype = x.dtype
         self.logits = point.logits
 
+    @classmethod
+    def at(cls, program: Program, model: nn.Module, x: torch.Tensor) -> LinearizedPoint:
+        """Run the forward of the unwrapped `model` at x."""
+        with torch.no_grad():
+            values = program.bind(model, x.shape[0])
+            plan = program.plan((False,) * len(program.graph.leaves))
+            return cls(program, program.forward(values, x, plan), x)
+
     def vjp(self, seed: torch.Tensor) -> torch.Tensor:
         """∂(Σ seed · logits)/∂x: each sample's effective weight of the class mix `seed`.
 
@@ -82,11 +90,7 @@ class Linearization:
         """
         model = unwrap(self.model)
         check_input(model, x)
-        program = find_program(model, x)
-        with torch.no_grad():
-            values = program.bind(model, x.shape[0])
-            plan = program.plan((False,) * len(program.graph.leaves))
-            return LinearizedPoint(program, program.forward(values, x, plan), x)
+        return LinearizedPoint.at(find_program(model, x), model, x)
 
 
 def linearize(model: nn.Module, example: torch.Tensor) -> Linearization:

@@ -75,6 +75,7 @@ def find_program(model: nn.Module, x: torch.Tensor, layers: tuple[str, ...] = (I
         UnsupportedModelError: if the engine cannot serve the model; the message says why.
         ValueError: if a layer does not name a module with one differentiable input.
     """
+    x = _in_model_dtype(model, x)
     present = fingerprint(model)
     entry = _ENTRIES.get(model)
     if entry is None or entry.fingerprint != present:
@@ -93,6 +94,14 @@ def find_program(model: nn.Module, x: torch.Tensor, layers: tuple[str, ...] = (I
         taps = [graph.input if layer == INPUT else graph.input_of(layer) for layer in layers]
         prepared.programs[layers] = Program(graph, taps)
     return prepared.programs[layers]
+
+
+def _in_model_dtype(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """x as the model takes it without autocast, which is how it is exported."""
+    dtypes = [p.dtype for p in model.parameters() if p.is_floating_point()]
+    if not torch.is_autocast_enabled(x.device.type) or not dtypes or x.dtype in dtypes:
+        return x
+    return x.to(dtypes[0])
 
 
 def forget(model: nn.Module) -> None:

@@ -90,7 +90,7 @@ class Planner:
         for rule, mask in zip(reversed(self.rules), reversed(masks), strict=True):
             index = rule.node.index
             active = any(ref in self.tapped for ref in rule.node.active)
-            keeps.append(active and (rule.curved or any(mask)))
+            keeps.append(active and (rule.curved or (rule.bilinear and any(mask))))
             needs_primal.append(index in bends and any(mask))
             tangent.append(index in carries)
             if (rule.curved and active) or index in bends:

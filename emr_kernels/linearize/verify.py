@@ -15,7 +15,7 @@ from torch import nn
 
 from emr_kernels.checks import check_logits
 from emr_kernels.linearize.program import Program
-from emr_kernels.linearize.wrappers import evaluation_mode, plain_kernels, untouched
+from emr_kernels.linearize.wrappers import evaluation_mode, exact_attention, ordinary_tensors, plain_kernels, untouched
 
 # Relative error per tensor, and relative to all of them together. Units within rounding of zero may take the other
 # branch in another memory format, so these are far above rounding and far below a derivative that is wrong.
@@ -28,10 +28,17 @@ _TOLERANCES = {
 
 
 def untouched_forward(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """Logits of `model` in its present mode; what its forward stores on the model is thrown away."""
+    """Logits of `model` in its present mode; what its forward stores on the model, or writes into x, is lost."""
     with untouched(model):
-        logits: torch.Tensor = model(x)
+        logits: torch.Tensor = model(x.clone())
     return logits
+
+
+@contextmanager
+def live_evaluation(model: nn.Module) -> Iterator[None]:
+    """Around a forward of the live model that is to be differentiated: evaluation mode, no fused attention."""
+    with ordinary_tensors(), torch.enable_grad(), evaluation_mode(model), exact_attention():
+        yield
 
 
 def probe(model: nn.Module, x: torch.Tensor) -> int:
@@ -43,7 +50,7 @@ def probe(model: nn.Module, x: torch.Tensor) -> int:
     devices = [x.device] if x.device.type == "cuda" else []
     with torch.no_grad(), evaluation_mode(model), torch.random.fork_rng(devices=devices):
         try:
-            logits = untouched_forward(model, x.clone())
+            logits = untouched_forward(model, x)
         except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as error:
             message = str(error).strip().splitlines()
             raise ValueError(
@@ -71,7 +78,7 @@ def find_mismatch(model: nn.Module, program: Program, x: torch.Tensor) -> str | 
         plan = program.plan(tuple(leaf.requires_grad for leaf in leaves))
         point = program.forward(values, x, plan)
         live_x = x.clone().requires_grad_()
-        live_logits = untouched_forward(model, live_x.clone())
+        live_logits = untouched_forward(model, live_x)
         if point.logits.shape != live_logits.shape or _differs([point.logits], [live_logits.detach()]):
             return "its logits differ from the model's"
         foreign = _foreign_node(live_logits, bound | {id(live_x)})

@@ -85,6 +85,8 @@ class _PreluResidual(NamedTuple):
 class PreluRule(Rule):
     """x where positive, else weight * x, the weight single or one for each channel."""
 
+    bilinear = True
+
     @classmethod
     def accepts(cls, node: Node) -> bool:
         return node.is_active(0) and len(node.active) == 1 and len(node.weights) <= 1

@@ -107,6 +107,8 @@ class _Factors(NamedTuple):
 class ProductRule(Rule):
     """a · b, of an activation with a constant, a leaf or another activation."""
 
+    bilinear = True
+
     def __init__(self, node: Node) -> None:
         super().__init__(node)
         self.curved = len(node.active) == 2  # type: ignore[misc]

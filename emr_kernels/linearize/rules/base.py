@@ -41,6 +41,8 @@ class Rule:
 
     curved: ClassVar[bool] = False
     """Whether J depends on the activations."""
+    bilinear: ClassVar[bool] = False
+    """Whether J depends on the parameters, so that `param_grads` needs the cotangent."""
     matmul: ClassVar[bool] = False
     """Whether autocast runs the operator in its low-precision dtype."""
     full_precision: bool = False

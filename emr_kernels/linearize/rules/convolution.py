@@ -33,6 +33,7 @@ def _shape_of(tensor: torch.Tensor) -> torch.Tensor:
 class BilinearRule(Rule):
     """Shared by all layers y = W * a + b: `_weight_grad(δ, a)` serves both ⟨δ, W u⟩ and the primal."""
 
+    bilinear = True
     matmul = True
     fresh = True
     weight_dims = 0

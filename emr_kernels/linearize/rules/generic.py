@@ -56,6 +56,7 @@ class GenericRule(Rule):
     """Autograd on one operator."""
 
     curved = True
+    bilinear = True
 
     def __init__(self, node: Node) -> None:
         super().__init__(node)

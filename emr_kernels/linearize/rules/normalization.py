@@ -89,6 +89,7 @@ class AffineReluRule(Rule):
     The leaves are BatchNorm's weight and bias; running statistics that require grad are not supported here.
     """
 
+    bilinear = True
     fresh = True
 
     def __init__(self, node: Node, slope: float | None = None) -> None:
