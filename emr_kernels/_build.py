@@ -21,15 +21,6 @@ MINIMUM_TORCH = (2, 11)
 # What the extension is compiled for: this version of the stable ABI, and so every later release.
 TORCH_TARGET_VERSION = "0x020b000000000000"
 
-_OPS_SOURCES = (
-    "registration.cpp",
-    "cpu/affine_relu.cpp",
-    "cpu/bits.cpp",
-    "cpu/kernels_baseline.cpp",
-    "cpu/kernels_avx2.cpp",
-    "cpu/kernels_avx512.cpp",
-)
-_FACTS_SOURCES = ("bindings.cpp",)
 _WARNINGS = ("-Wall", "-Wextra", "-Wno-psabi", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized")
 # No contraction of a * b + c: every instruction set then rounds as PyTorch's own operators do.
 _FLAGS = ("-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-DNDEBUG", *_WARNINGS)
@@ -118,7 +109,7 @@ def source_folder() -> Path:
     """
     here = Path(__file__).resolve().parent
     for folder in (here / "csrc", here.parent / "csrc"):
-        if (folder / "registration.cpp").is_file():
+        if (folder / "bindings.cpp").is_file():
             return folder
     raise BuildError(f"no C++ sources beside {here}")
 
@@ -144,14 +135,14 @@ def _ninja_file(tools: Toolchain, sources: Path, output: Path, package_version: 
         f"  command = {tools.compiler} {shared} $in -o $out $libraries",
     ]
 
-    def target(name: str, files: tuple[str, ...], extra: str, libraries: str) -> None:
-        objects = [f"{file.replace('/', '_')}.o" for file in files]
+    def target(name: str, files: list[Path], extra: str, libraries: str) -> None:
+        objects = [f"{file.parent.name}_{file.name}.o" for file in files]
         for file, obj in zip(files, objects, strict=True):
-            lines.extend((f"build {obj}: compile {_quote(sources / file)}", f"  extra = {extra}"))
+            lines.extend((f"build {obj}: compile {_quote(file)}", f"  extra = {extra}"))
         lines.extend((f"build {_quote(output / name)}: link {' '.join(objects)}", f"  libraries = {libraries}"))
 
-    target(OPS_LIBRARY, _OPS_SOURCES, defines, libraries)
-    target(FACTS_MODULE, _FACTS_SOURCES, f"{python} {facts}", "")
+    target(OPS_LIBRARY, sorted((sources / "cpu").glob("*.cpp")), defines, libraries)
+    target(FACTS_MODULE, [sources / "bindings.cpp"], f"{python} {facts}", "")
     return "\n".join(lines) + "\n"
 
 

@@ -20,7 +20,7 @@ import torch
 
 from emr_kernels import _build
 
-BACKENDS = ("reference", "cpu")
+BACKENDS = ("reference", "cpu", "triton", "cuda")
 _LOCK_TIMEOUT = 600.0
 
 #: The backend that EMR_BACKEND forces, None for the best one available.
@@ -34,6 +34,8 @@ pending = False
 library: Path | None = None
 #: Why there is no library; None with one.
 reason: str | None = None
+#: Why there are no CUDA kernels; None with them.
+cuda_reason: str | None = "not built"
 
 
 def package_version() -> str:
@@ -104,6 +106,15 @@ def build_on_first_use() -> None:
         reason = f"not built on first use: {error}"
         print(f"emr_kernels: {reason}; the plain PyTorch operators serve", file=sys.stderr, flush=True)
     require_forced()
+
+
+def prepare() -> None:
+    """Have the CPU kernels ready before an operator is called on the CPU."""
+    if library is None:
+        if pending:
+            build_on_first_use()
+        else:
+            require_forced()
 
 
 def require_forced() -> None:

@@ -105,8 +105,8 @@ def info() -> Info:
         reason=_extension.reason,
         build={} if facts is None else facts.facts(),
         operators=tuple(
-            OperatorInfo(name, device, *_dispatch.serving(name, device))
-            for name in _dispatch.operators
+            OperatorInfo(operator.name, device, *operator.serving(device))
+            for operator in _dispatch.operators.values()
             for device in types
         ),
     )

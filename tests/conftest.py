@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,10 @@ import torch
 # The oracle and the zoo are plain modules beside this file, importable under every import mode of pytest.
 if str(Path(__file__).parent) not in sys.path:
     sys.path.insert(0, str(Path(__file__).parent))
+
+# Triton decides when a kernel is defined whether it will be interpreted.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # The models are tiny: on a shared machine a second thread costs far more in waiting than it gives.
 torch.set_num_threads(1)

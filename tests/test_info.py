@@ -46,7 +46,7 @@ def test_module_prints_the_table() -> None:
 
 def test_unknown_backend() -> None:
     result = run("import emr_kernels.ops", EMR_BACKEND="gpu")
-    assert "ValueError: EMR_BACKEND is 'gpu'; expected one of reference, cpu, or unset" in result.stderr
+    assert "ValueError: EMR_BACKEND is 'gpu'; expected one of reference, cpu, triton, cuda, or unset" in result.stderr
 
 
 USE = "import torch; from emr_kernels import ops; print(ops.affine_relu(torch.tensor([-1.0, 2.0]))[0].tolist())"

@@ -201,3 +201,12 @@ std::tuple<Tensor, Tensor> affine_relu_jvp(
 }
 
 }  // namespace emr::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(emr, CPU, m) {
+  m.impl("affine_relu", TORCH_BOX(&emr::cpu::affine_relu));
+  m.impl("affine_relu_out", TORCH_BOX(&emr::cpu::affine_relu_out));
+  m.impl("affine_relu_vjp", TORCH_BOX(&emr::cpu::affine_relu_vjp));
+  m.impl("affine_relu_vjp_out", TORCH_BOX(&emr::cpu::affine_relu_vjp_out));
+  m.impl("affine_relu_jvp", TORCH_BOX(&emr::cpu::affine_relu_jvp));
+  m.impl("affine_relu_jvp_out", TORCH_BOX(&emr::cpu::affine_relu_jvp_out));
+}

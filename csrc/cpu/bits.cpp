@@ -26,3 +26,7 @@ Tensor pack_bits(const Tensor& mask) {
 }
 
 }  // namespace emr::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(emr, CPU, m) {
+  m.impl("pack_bits", TORCH_BOX(&emr::cpu::pack_bits));
+}

@@ -19,7 +19,7 @@ namespace avx2 {
 
 #include "vectors.inc"
 
-#include "kernels.inc"
+#include "affine_relu.inc"
 
 }  // namespace avx2
 

@@ -19,7 +19,7 @@ namespace avx512 {
 
 #include "vectors.inc"
 
-#include "kernels.inc"
+#include "affine_relu.inc"
 
 }  // namespace avx512
 

@@ -23,7 +23,7 @@ __attribute__((noinline)) static uint16_t float_to_half(float value) {
 
 #include "vectors.inc"
 
-#include "kernels.inc"
+#include "affine_relu.inc"
 
 }  // namespace baseline
 

@@ -1,7 +1,13 @@
-"""The operators' library and their backends.
+"""The operators and their backends.
 
-Every operator is defined here, in Python, with its reference as the implementation for every device.
-The compiled library registers faster kernels for the devices it knows; the dispatcher then prefers them.
+Every operator is defined here, in Python, with its reference as the implementation for every device. Faster backends
+stand behind it under the same signature:
+
+    cpu     C++, registered for the CPU by the compiled library under `emr`
+    cuda    CUDA C++, registered by the CUDA library under `emr_cuda`
+    triton  a launcher of the operator's name in `emr_kernels.triton.launchers`
+
+`emr::<name>` on a GPU picks between the last two; see `Operator.serving`.
 """
 
 from __future__ import annotations
@@ -12,37 +18,127 @@ from typing import Any
 import torch
 
 from emr_kernels import _extension
+from emr_kernels.ops import _winners
 
-library = torch.library.Library("emr", "DEF")
-#: Every operator defined so far, by name without the namespace.
-operators: dict[str, Any] = {}
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+
+_library = torch.library.Library("emr", "DEF")
+_cuda_library = torch.library.Library("emr_cuda", "DEF")
 _TAGS = (torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag)
 
 
-def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """Define one operator of the namespace `emr`; returns its overload, ready to be called."""
-    name = schema[: schema.index("(")]
-    library.define(schema, tags=_TAGS)
-    library.impl(name, reference, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"emr::{name}", fake, lib=library)
-    operators[name] = getattr(torch.ops.emr, name).default
-    return operators[name]
+class BackendUnavailableError(LookupError):
+    """A backend does not serve an operator here; the message says why."""
 
 
-def prepare(tensor: torch.Tensor) -> None:
-    """Have the backend of this tensor's device ready before an operator is called on it."""
-    if _extension.library is None and tensor.is_cpu and not torch.compiler.is_compiling():
-        if _extension.pending:
-            _extension.build_on_first_use()
+class Operator:
+    """One operator of the namespace `emr`.
+
+    Called with the tensor that decides the backend and then the operator's arguments: checked, dense, positional.
+
+    Attributes:
+        name: without the namespace.
+        overload: `torch.ops.emr.<name>.default`.
+        reference: the implementation in plain PyTorch.
+    """
+
+    def __init__(self, schema: str, reference: Callable[..., Any], fake: Callable[..., Any]) -> None:
+        self.name = name = schema[: schema.index("(")]
+        self.reference = reference
+        _library.define(schema, tags=_TAGS)
+        _library.impl(name, reference, "CompositeExplicitAutograd")
+        _library.impl(name, self._on_cuda, "CUDA")
+        torch.library.register_fake(f"emr::{name}", fake, lib=_library)
+        # One schema for both: the CUDA library registers its kernels under this name.
+        _cuda_library.define(schema, tags=_TAGS)
+        self.overload: Any = getattr(torch.ops.emr, name).default
+        self._chosen: dict[tuple[torch.dtype, int], Callable[..., Any]] = {}
+
+    def __call__(self, on: torch.Tensor, *args: Any) -> Any:
+        if on.is_cuda:
+            # Straight to the kernel where nothing traces: the dispatcher's way through Python costs a launch.
+            if type(on) is torch.Tensor and not torch.compiler.is_compiling():
+                return self._cuda_kernel(on)(*args)
+        elif on.is_cpu and not torch.compiler.is_compiling():
+            _extension.prepare()
+            if _extension.forced == "triton":
+                return self.kernel("triton")(*args)
+        return self.overload(*args)
+
+    def _on_cuda(self, *args: Any) -> Any:
+        tensors = (t for a in args for t in (a if isinstance(a, list) else (a,)) if isinstance(t, torch.Tensor))
+        return self._cuda_kernel(next(tensors))(*args)
+
+    def _cuda_kernel(self, on: torch.Tensor) -> Callable[..., Any]:
+        key = (on.dtype, on.numel().bit_length())
+        chosen = self._chosen.get(key)
+        if chosen is None:
+            chosen = self._chosen[key] = self.kernel(self.serving("cuda", *key)[0])
+        return chosen
+
+    def serving(self, device: str, dtype: torch.dtype = torch.float32, size_bits: int = 24) -> tuple[str, str]:
+        """The backend for tensors of a type of device, of a dtype and of fewer than 2**size_bits elements; and why."""
+        forced = _extension.forced
+        if device == "cpu":
+            order: tuple[str, ...] = ("triton" if forced == "triton" else "cpu",)
+        elif device == "cuda" and dtype != torch.float64:
+            order = _winners.order(self.name, size_bits) if forced is None else (forced,)
         else:
-            _extension.require_forced()
+            return "reference", f"no kernels for {dtype} on {device}"
+        reasons = []
+        for backend in order:
+            try:
+                self.kernel(backend)
+            except BackendUnavailableError as error:
+                reasons.append(f"{backend}: {error}")
+                continue
+            why = _winners.reason(self.name, backend, device) if forced is None else "forced by EMR_BACKEND"
+            return backend, "; ".join([*reasons, why])
+        return "reference", "; ".join(reasons)
+
+    def kernel(self, backend: str) -> Callable[..., Any]:
+        """One backend's implementation, with the operator's arguments.
+
+        Raises:
+            BackendUnavailableError: if it cannot be had here; the message says why.
+        """
+        if backend == "reference":
+            return self.reference
+        if backend not in BACKENDS:
+            raise ValueError(f"backend is {backend!r}; expected one of {', '.join(BACKENDS)}")
+        return _KERNELS[backend](self)
 
 
-def serving(name: str, device: str) -> tuple[str, str]:
-    """Which backend serves an operator on a device type, and why."""
-    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device)
-    if key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(f"emr::{name}", key):
-        return device, "forced by EMR_BACKEND" if _extension.forced else "compiled and loaded"
-    if device == "cpu":
-        return "reference", _extension.reason or "not part of the loaded library"
-    return "reference", f"no compiled kernel for {device}"
+def _cpu_kernel(operator: Operator) -> Callable[..., Any]:
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"emr::{operator.name}", "CPU"):
+        raise BackendUnavailableError(_extension.reason or "not part of the loaded library")
+    return operator.overload
+
+
+def _cuda_kernel(operator: Operator) -> Callable[..., Any]:
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"emr_cuda::{operator.name}", "CUDA"):
+        raise BackendUnavailableError(_extension.cuda_reason or "not part of the CUDA library")
+    return getattr(torch.ops.emr_cuda, operator.name).default
+
+
+def _triton_kernel(operator: Operator) -> Callable[..., Any]:
+    try:
+        from emr_kernels.triton import launchers
+    except ImportError as error:
+        raise BackendUnavailableError(f"Triton cannot be imported: {error}") from None
+    if operator.name not in launchers:
+        raise BackendUnavailableError("no Triton kernel")
+    return launchers[operator.name]
+
+
+_KERNELS = {"cpu": _cpu_kernel, "cuda": _cuda_kernel, "triton": _triton_kernel}
+
+#: Every operator defined so far, by name.
+operators: dict[str, Operator] = {}
+
+
+def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any]) -> Operator:
+    """Define one operator of the namespace `emr`."""
+    operator = Operator(schema, reference, fake)
+    operators[operator.name] = operator
+    return operator

@@ -229,9 +229,8 @@ def affine_relu(
         _checks.check_like("skip", skip, "a", a)
         skip = to_format(skip, memory_format)
     dense = to_format(a, memory_format)
-    _dispatch.prepare(dense)
     if out is None and bits_out is None:
-        return _affine_relu(dense, scale, shift, skip, negative_slope)
+        return _affine_relu(dense, dense, scale, shift, skip, negative_slope)
     if out is None:
         out = torch.empty_like(dense)
     else:
@@ -240,7 +239,7 @@ def affine_relu(
         bits_out = torch.empty((a.numel() + 7) // 8, dtype=torch.uint8, device=a.device)
     else:
         _checks.check_bits("bits_out", bits_out, "a", a)
-    _affine_relu_out(dense, scale, shift, skip, negative_slope, out, bits_out)
+    _affine_relu_out(dense, dense, scale, shift, skip, negative_slope, out, bits_out)
     return out, bits_out
 
 
@@ -279,11 +278,10 @@ def affine_relu_vjp(
     if memory_format is None:
         memory_format = dense_format(delta)
     dense = to_format(delta, memory_format)
-    _dispatch.prepare(dense)
     if out is None:
-        return _affine_relu_vjp(dense, bits, scale, negative_slope)
+        return _affine_relu_vjp(dense, dense, bits, scale, negative_slope)
     _checks.check_out(out, "delta", delta, memory_format)
-    _affine_relu_vjp_out(dense, bits, scale, negative_slope, out)
+    _affine_relu_vjp_out(dense, dense, bits, scale, negative_slope, out)
     return out
 
 
@@ -330,8 +328,7 @@ def affine_relu_jvp(
     if memory_format is None:
         memory_format = dense_format(u)
     dense, delta = to_format(u, memory_format), to_format(delta, memory_format)
-    _dispatch.prepare(dense)
     if out is None:
-        return _affine_relu_jvp(dense, bits, scale, negative_slope, delta)
+        return _affine_relu_jvp(dense, dense, bits, scale, negative_slope, delta)
     _checks.check_out(out, "u", u, memory_format)
-    return out, _affine_relu_jvp_out(dense, bits, scale, negative_slope, delta, out)
+    return out, _affine_relu_jvp_out(dense, dense, bits, scale, negative_slope, delta, out)

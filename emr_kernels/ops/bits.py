@@ -49,8 +49,7 @@ def pack_bits(mask: torch.Tensor) -> torch.Tensor:
     if mask.dtype != torch.bool:
         raise TypeError(f"mask has dtype {mask.dtype}; expected torch.bool")
     dense = to_format(mask, dense_format(mask))
-    _dispatch.prepare(dense)
-    return _pack_bits(dense)
+    return _pack_bits(dense, dense)
 
 
 def unpack_bits(

@@ -1,0 +1,12 @@
+"""Triton kernels: the GPU path that needs no compiler. Importing this imports Triton, so it happens on demand only.
+
+Each file holds the kernels of one operator and its launchers, which take the operator's arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+#: The launcher of each operator that has one, by the operator's name.
+launchers: dict[str, Callable[..., Any]] = {}

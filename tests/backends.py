@@ -1,0 +1,57 @@
+"""The backends that can run here, as parameters of the operators' tests.
+
+With a GPU every backend but the CPU's runs on it. Without one the Triton kernels run in Triton's interpreter, on CPU
+tensors, which takes milliseconds for every program: launch tens of them in a test, not hundreds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+from emr_kernels import _extension
+from emr_kernels.ops import _dispatch
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of every operator, and the device its tensors live on."""
+
+    name: str
+    device: str
+
+    def __str__(self) -> str:
+        return f"{self.name}-{self.device}"
+
+    @property
+    def interpreted(self) -> bool:
+        """Whether it runs in Triton's interpreter."""
+        return self.name == "triton" and self.device == "cpu"
+
+    def kernel(self, name: str, dtype: torch.dtype) -> Callable[..., Any]:
+        """The implementation of one operator, with the operator's arguments; skips the test where there is none."""
+        if dtype == torch.float64 and self.name in ("triton", "cuda"):
+            pytest.skip("float64 is for the reference and the CPU")
+        if self.name == "cpu":
+            _extension.prepare()
+        try:
+            return _dispatch.operators[name].kernel(self.name)
+        except _dispatch.BackendUnavailableError as error:
+            pytest.skip(f"{name} on {self.name}: {error}")
+
+
+#: Every backend that is tested against the reference here.
+BACKENDS = (
+    Backend("cpu", "cpu"),
+    *(
+        (Backend("triton", "cuda"), Backend("cuda", "cuda"))
+        if torch.cuda.is_available()
+        else (Backend("triton", "cpu"),)
+    ),
+)
