@@ -3,8 +3,9 @@
 from emr_kernels._extension import package_version
 from emr_kernels.info import info
 from emr_kernels.linearize import UnsupportedModelError, linearize
-from emr_kernels.loss import EffectiveWeightPenalty, EMRLoss
+from emr_kernels.loss import EMRLoss
 from emr_kernels.margins import effective_margins, effective_weight_norms, effective_weights
+from emr_kernels.penalty import EffectiveWeightPenalty
 
 __version__ = package_version()
 

@@ -10,11 +10,12 @@ from torch import nn
 
 from emr_kernels.fallback import squared_norms
 from emr_kernels.function import PenaltyFunction, Request, evaluate
-from emr_kernels.linearize.cache import find_program
+from emr_kernels.linearize.cache import find_program, mode_difference
 from emr_kernels.linearize.export import UnsupportedModelError
 from emr_kernels.linearize.program import Program
 from emr_kernels.linearize.wrappers import ordinary
 from emr_kernels.options import PenaltyOptions
+from emr_kernels.shared import LogitsAndPenalty
 
 
 @dataclass
@@ -56,6 +57,23 @@ class Engine:
             squares = evaluate(request, x)
             value = squares if factor is None else squares.sum() * factor
         return value, request.norms
+
+    def shares_forward(self, model: nn.Module, x: torch.Tensor) -> bool:
+        """Whether one forward serves a loss on the logits and the penalty: the model is the same function in both."""
+        if self.program is None or not any(t.requires_grad for t in (x, *model.parameters())):
+            return False
+        return mode_difference(model, self.program, x) is None
+
+    def logits_and_penalty(
+        self, model: nn.Module, x: torch.Tensor, y: torch.Tensor | None, options: PenaltyOptions, factor: float
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        """The logits, factor · Σ_i r_i and per-sample norms by layer, where `shares_forward` is true."""
+        assert self.program is not None
+        x = ordinary(x)
+        values = self.program.bind(model, x.shape[0])
+        request = Request(self.program, values, options, y, factor)
+        logits, value = LogitsAndPenalty.apply(request, x, *self.program.leaves(values))  # type: ignore[no-untyped-call]
+        return logits, value, request.norms
 
 
 def find_engine(model: nn.Module, x: torch.Tensor, layers: tuple[str, ...]) -> Engine:

@@ -41,7 +41,7 @@ class _Pass:
         self.kept = kept
 
 
-def _square_norms(weights: Sequence[torch.Tensor | None], like: torch.Tensor) -> torch.Tensor:
+def square_norms(weights: Sequence[torch.Tensor | None], like: torch.Tensor) -> torch.Tensor:
     """Per-sample ‖·‖² of each tensor: `[layers, N]`, in float32 (float64 for float64)."""
     dtype = torch.promote_types(like.dtype, torch.float32)
     batch = like.shape[0]
@@ -59,20 +59,20 @@ def evaluate(request: Request, x: torch.Tensor) -> torch.Tensor:
     program = request.program
     point = program.forward(request.values, x, program.plan((False,) * len(program.graph.leaves)))
     total: torch.Tensor | None = None
-    for seed in _seeds(request, point):
+    for seed in request_seeds(request, point):
         weights, _ = program.vjp(point, seed, keep=False)
-        squares = _square_norms(weights, point.logits)
+        squares = square_norms(weights, point.logits)
         total = squares if total is None else total + squares
     assert total is not None
-    return _report(request, total)
+    return report(request, total)
 
 
-def _seeds(request: Request, point: Point) -> Any:
+def request_seeds(request: Request, point: Point) -> Any:
     options = request.options
     return seeds(point.logits, request.y, options.direction, options.temperature, options.center)
 
 
-def _report(request: Request, squares: torch.Tensor) -> torch.Tensor:
+def report(request: Request, squares: torch.Tensor) -> torch.Tensor:
     request.norms.update(zip(request.options.layers, squares.sqrt(), strict=True))
     return squares.sum(0)
 
@@ -90,19 +90,19 @@ class PenaltyFunction(torch.autograd.Function):
         wants_x = bool(ctx.needs_input_grad[1])
         point = program.forward(request.values, x, program.plan(wanted))
         request.values = []
-        sink = _Sink(program, point, leaves, x if wants_x else None)
+        sink = Sink(program, point, leaves, x if wants_x else None)
         deferred: list[_Pass] = []
         total: torch.Tensor | None = None
-        for seed in _seeds(request, point):
+        for seed in request_seeds(request, point):
             weights, kept = program.vjp(point, seed, keep=True)
-            squares = _square_norms(weights, point.logits)
+            squares = square_norms(weights, point.logits)
             total = squares if total is None else total + squares
             if factor is None:
                 deferred.append(_Pass(weights, kept))
             else:
                 sink.add(weights, kept, squares)
         assert total is not None
-        squared = _report(request, total)
+        squared = report(request, total)
         inputs = (x, *leaves)
         if factor is None:
             ctx.deferred = (sink, deferred)
@@ -125,19 +125,19 @@ class PenaltyFunction(torch.autograd.Function):
             sink, passes = ctx.deferred
             sink.clear()
             for one in passes:
-                squares = _square_norms(one.weights, cotangent)
+                squares = square_norms(one.weights, cotangent)
                 sink.add(one.weights, list(one.kept), squares, cotangent)
             scale, grads = 2 * sink.scale, sink.unscaled()
         scaled = [
-            None if grad is None else (_wide(grad) * scale).to(tensor.dtype)
+            None if grad is None else (wide(grad) * scale).to(tensor.dtype)
             for grad, tensor in zip(grads, inputs, strict=True)
         ]
         if torch.is_grad_enabled():
-            scaled = _differentiable_once(scaled, [t for t in inputs if t.requires_grad])
+            scaled = differentiable_once(scaled, [t for t in inputs if t.requires_grad])
         return (None, *scaled)
 
 
-class _Sink:
+class Sink:
     """Adds up ∂⟨u, w⟩/∂θ over class mixes, with tangents scaled to order one.
 
     In float16 the factor 1/N² of the paper's reduction would push every product below the smallest number; so the
@@ -177,7 +177,7 @@ class _Sink:
         for place, grad in enumerate(found):
             if grad is not None:
                 held = self.sums[place]
-                scaled = _wide(grad) * relative
+                scaled = wide(grad) * relative
                 self.sums[place] = scaled if held is None else held + scaled
 
     def _tangent(self, weight: torch.Tensor, largest: torch.Tensor, factors: torch.Tensor | None) -> torch.Tensor:
@@ -197,7 +197,7 @@ class _Sink:
         ]
 
 
-def _wide(tensor: torch.Tensor) -> torch.Tensor:
+def wide(tensor: torch.Tensor) -> torch.Tensor:
     """At least float32."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
@@ -217,7 +217,7 @@ class _DifferentiatedOnce(torch.autograd.Function):
         )
 
 
-def _differentiable_once(grads: list[torch.Tensor | None], sources: list[torch.Tensor]) -> list[torch.Tensor | None]:
+def differentiable_once(grads: list[torch.Tensor | None], sources: list[torch.Tensor]) -> list[torch.Tensor | None]:
     """Under `create_graph=True`, gradients that raise when differentiated, instead of passing for constants."""
     present = [g for g in grads if g is not None]
     if not present:

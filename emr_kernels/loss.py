@@ -1,4 +1,4 @@
-"""`EMRLoss` and `EffectiveWeightPenalty`: Effective Margin Regularization for any PyTorch classifier."""
+"""`EMRLoss`: a loss on the logits and the effective weight penalty, as one number to differentiate."""
 
 from __future__ import annotations
 
@@ -10,26 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from emr_kernels.checks import check_input, check_labels, check_logits, check_model
-from emr_kernels.distributed import SynchronisationGuard
-from emr_kernels.engine import Engine, find_engine, warn_fallback
-from emr_kernels.linearize.cache import forget
-from emr_kernels.linearize.wrappers import unwrap
-from emr_kernels.options import PenaltyOptions, number
-
-
-@dataclass(frozen=True)
-class PenaltyTerms:
-    """What the last call computed, detached.
-
-    Attributes:
-        penalty: the reduced penalty, 0-d (`[N]` for reduction "none"), without the strength.
-        effective_weight_norms: ‖w‖₂ of each sample, `[N]`, by layer; NaN for samples outside the subset, empty
-            for a call that `every` skipped.
-    """
-
-    penalty: torch.Tensor
-    effective_weight_norms: dict[str, torch.Tensor]
+from emr_kernels.checks import check_logits
+from emr_kernels.options import number
+from emr_kernels.penalty import EffectiveWeightPenalty, PenaltyTerms
 
 
 @dataclass(frozen=True)
@@ -40,199 +23,18 @@ class LossTerms(PenaltyTerms):
         base_loss: the loss beside the penalty (cross-entropy by default), 0-d.
         total: base_loss + strength · penalty, 0-d.
         logits: `[N, C]`, of the base loss's forward.
+        shared_forward: whether that forward served the penalty, too.
     """
 
     base_loss: torch.Tensor
     total: torch.Tensor
     logits: torch.Tensor
+    shared_forward: bool
 
     @property
     def cross_entropy(self) -> torch.Tensor:
         """The base loss, by the name of the default one."""
         return self.base_loss
-
-
-class EffectiveWeightPenalty(nn.Module):
-    r"""The squared norm of the effective weight, exact, with its exact parameter gradient.
-
-    With f the evaluation-mode classifier and p a class mix held constant, the effective weight of a sample is
-    w_p(x) = ∂(Σ_c p_c f_c(x))/∂x, and r_i = ‖w_p(x_i)‖₂² (Liu & Chan, "Boosting Adversarial Robustness From The
-    Perspective of Effective Margin Regularization", BMVC 2022; formula as in the authors' code). The result is
-
-        "paper"   (1/B) · mean_i r_i, B = `batch_size` or the batch's own N: the released code's reduction
-        "mean"    mean_i r_i          "sum"   Σ_i r_i          "none"   r, `[N]`
-
-    No double backward: two forward-like and two backward-like passes over the exported model, three where it has
-    smooth activations. Models that cannot be exported exactly fall back to double backward, with one warning.
-
-    Args:
-        model: classifier `[N, ...]` -> logits `[N, C]`; wrappers (`torch.compile`, DDP, DataParallel, Fabric) are
-            looked through. Held without being registered: `state_dict`, `to` and `train` never touch it.
-        temperature: T > 0 of the softmax in direction "softmax".
-        direction: which effective weight. "softmax": p = softmax(f(x)/T) (the paper). "label": e_y.
-            "margin": e_y − e_j, j the strongest rival. "all": Σ_c ‖w_c‖². "random": an unbiased estimate of "all"
-            by one random projection.
-        reduction: "paper", "mean", "sum" or "none".
-        layers: where weights are taken: "input", or names of modules (their input h: w = ∂(Σ_c p_c f_c)/∂h); r_i
-            sums over them.
-        subset: fraction of the batch, drawn anew at each call, that the penalty is computed on; unbiased.
-        every: compute the penalty at every k-th call with gradients only, times k; unbiased over calls.
-        center: leave the mean logit's component, which costs no margin, out of the mix: p − mean(p).
-        batch_size: nominal N of the "paper" reduction. Under DDP give the global batch, under gradient
-            accumulation the effective one (with the loss divided by the number of parts, as usual).
-        checks: whether values of x and y are checked: "auto" (always on the CPU, once on a GPU, where it has to
-            wait), "always", "never". Shapes and dtypes always are.
-
-    Raises:
-        TypeError, ValueError: naming the argument, its value and what was expected, before any work.
-
-    Example:
-        >>> penalty = EffectiveWeightPenalty(model, temperature=1.0)
-        >>> loss = my_loss(model(x), y) + 0.3 * penalty(x)
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        temperature: float = 40.0,
-        direction: str = "softmax",
-        reduction: str = "paper",
-        layers: Sequence[str] = ("input",),
-        subset: float = 1.0,
-        every: int = 1,
-        center: bool = False,
-        batch_size: int | None = None,
-        checks: str = "auto",
-    ) -> None:
-        super().__init__()
-        check_model(model)
-        self.options = PenaltyOptions(
-            temperature,
-            direction,
-            reduction,
-            layers,  # type: ignore[arg-type]  # made a tuple once it is checked
-            subset,
-            every,
-            center,
-            batch_size,
-            checks,
-        )
-        # In a tuple, so that nn.Module does not register it.
-        self._held = (model,)
-        self.calls = 0
-        self.engine = "unprepared"
-        self.engine_reason: str | None = None
-        self.last: PenaltyTerms | None = None
-        self._warned = False
-        self._checked_devices: set[torch.device] = set()
-        self._guard = SynchronisationGuard.of(model)
-
-    @property
-    def model(self) -> nn.Module:
-        """The classifier, as it was given."""
-        return self._held[0]
-
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in vars(self.options).items())
-
-    def get_extra_state(self) -> dict[str, int]:
-        """How many calls `every` has counted."""
-        return {"calls": self.calls}
-
-    def set_extra_state(self, state: dict[str, int]) -> None:
-        """Take up the count where it was saved."""
-        self.calls = int(state["calls"])
-
-    def prepare(self, x: torch.Tensor) -> None:
-        """Export the model ahead of the first call, from a batch `[N, ...]` as it will come."""
-        self.ready(x, None, False)
-
-    @torch.compiler.disable
-    def ready(self, x: torch.Tensor, y: torch.Tensor | None, needs_labels: bool) -> Engine:
-        """Check the arguments and find the engine, exporting the model if that has not happened yet."""
-        model = unwrap(self.model)
-        values = self._reads_values(x)
-        check_input(model, x, values=values)
-        engine = find_engine(model, x, self.options.layers)
-        if needs_labels:
-            check_labels(y, x, engine.num_classes, values=values)
-        if self.options.direction == "margin" and engine.num_classes < 2:
-            raise ValueError(f"direction is 'margin', but the model has {engine.num_classes} class; expected two")
-        self.engine, self.engine_reason = ("autograd" if engine.program is None else "linearized"), engine.reason
-        if engine.program is None and not self._warned:
-            self._warned = True
-            warn_fallback(engine.reason)
-        if values:
-            self._checked_devices.add(x.device)
-        return engine
-
-    def refresh(self) -> None:
-        """Export the model again at the next call, after a change that its modules and parameters do not show.
-
-        Such as a plain attribute that `forward` branches on, or a forward hook that changes values (hooks run when
-        the model is exported, and not again).
-        """
-        forget(unwrap(self.model))
-        self.engine, self.engine_reason = "unprepared", None
-
-    def _reads_values(self, x: object) -> bool:
-        """Whether this call reads the data to check it."""
-        if self.options.checks != "auto" or not isinstance(x, torch.Tensor):
-            return self.options.checks == "always"
-        return x.device.type == "cpu" or (x.device.type != "meta" and x.device not in self._checked_devices)
-
-    def forward(self, x: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
-        """The reduced penalty at x.
-
-        Args:
-            x: `[N, ...]`, on the model's device and in its dtype; the adversarial example in adversarial training.
-            y: class indices `[N]`, needed for the directions "label" and "margin".
-
-        Returns:
-            0-d (`[N]` for reduction "none"), float32 (float64 for a float64 model). Differentiable once, in the
-            parameters and in x.
-
-        Raises:
-            TypeError, ValueError: for bad input, before any work.
-        """
-        engine = self.ready(x, y, self.options.needs_labels)
-        return self.compute(engine, x, y)
-
-    @torch.compiler.disable
-    def compute(self, engine: Engine, x: torch.Tensor, y: torch.Tensor | None) -> torch.Tensor:
-        """The penalty of arguments that `ready` has checked."""
-        options = self.options
-        batch = x.shape[0]
-        repeats = 1
-        if torch.is_grad_enabled():
-            self.calls += 1
-            repeats = options.every
-            if (self.calls - 1) % repeats:
-                skipped = torch.zeros(
-                    [batch] if options.reduction == "none" else [],
-                    dtype=torch.promote_types(x.dtype, torch.float32),
-                    device=x.device,
-                )
-                self.last = PenaltyTerms(skipped, {})
-                return skipped
-        chosen = None
-        count = max(1, round(options.subset * batch))
-        if count < batch:
-            chosen = torch.randperm(batch, device=x.device)[:count]
-            x, y = x[chosen], y[chosen] if y is not None and options.needs_labels else None
-        factor = options.factor(count, batch) * repeats
-        reduced = options.reduction != "none"
-        value, norms = engine.penalty(unwrap(self.model), x, y, options, factor if reduced else None)
-        if not reduced:
-            value = value * factor
-        if chosen is not None:
-            if not reduced:
-                value = value.new_zeros(batch).index_put((chosen,), value)
-            norms = {k: v.new_full((batch,), torch.nan).index_put((chosen,), v) for k, v in norms.items()}
-        if self._guard is not None and value.requires_grad:
-            value.register_hook(self._guard.check)
-        self.last = PenaltyTerms(value.detach(), norms)
-        return value
 
 
 BaseLoss = Callable[[torch.Tensor, Any], torch.Tensor]
@@ -246,10 +48,15 @@ class EMRLoss(nn.Module):
     order of the released code (Liu & Chan, BMVC 2022). The defaults are its adversarial-training setting, λ = 3 and
     T = 40; T <= 1 is what enlarges margins without adversarial training.
 
+    Where the model computes the same function in its present mode as in evaluation mode (no BatchNorm and no dropout
+    in training mode, no branch on `self.training`, no hooks, no wrapper), one forward serves both, exactly.
+
     Args:
         model: see `EffectiveWeightPenalty`, which explains every option that is not listed here.
         strength: λ >= 0; may be set between steps.
         base_loss: `(logits [N, C], y) -> 0-d loss`; cross-entropy by default.
+        share_forward: False runs the live model for the base loss in any case, as a forward with effects of its own
+            (a counter, a stored feature map) needs it.
 
     Raises:
         TypeError, ValueError: naming the argument, its value and what was expected, before any work.
@@ -275,9 +82,13 @@ class EMRLoss(nn.Module):
         batch_size: int | None = None,
         base_loss: BaseLoss | None = None,
         checks: str = "auto",
+        share_forward: bool = True,
     ) -> None:
         super().__init__()
         self.strength = strength
+        if not isinstance(share_forward, bool):
+            raise TypeError(f"share_forward is {share_forward!r}; expected True or False")
+        self.share_forward = share_forward
         if reduction == "none":
             raise ValueError("reduction is 'none'; expected 'paper', 'mean' or 'sum' (EMRLoss returns one number)")
         if base_loss is not None and not callable(base_loss):
@@ -345,16 +156,23 @@ class EMRLoss(nn.Module):
         """
         (base_loss,) = self._base_loss
         engine = self.penalty.ready(x, y, base_loss is None or self.penalty.options.needs_labels)
-        logits = self.model(x)
+        # Without weight in the loss the penalty is still reported, but needs no gradient.
+        differentiated = torch.is_grad_enabled() and self.strength > 0
+        shared = self.penalty.with_logits(engine, x, y) if differentiated and self.share_forward else None
+        logits = self.model(x) if shared is None else shared[0]
         check_logits(logits, x.shape[0])
         base = F.cross_entropy(logits, y) if base_loss is None else base_loss(logits, y)
         if not isinstance(base, torch.Tensor) or base.dim() != 0:
             found = tuple(base.shape) if isinstance(base, torch.Tensor) else type(base).__name__
             raise ValueError(f"base_loss returns {found}; expected one number (a 0-d tensor)")
-        # Without weight in the loss the penalty is still reported, but needs no gradient.
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.strength > 0):
-            penalty = self.penalty.compute(engine, x, y)
+        if shared is None:
+            with torch.set_grad_enabled(differentiated):
+                penalty = self.penalty.compute(engine, x, y)
+        else:
+            penalty = shared[1]
         total = base + self.strength * penalty
         norms = self.penalty.last.effective_weight_norms if self.penalty.last else {}
-        self.last = LossTerms(penalty.detach(), norms, base.detach(), total.detach(), logits.detach())
+        self.last = LossTerms(
+            penalty.detach(), norms, base.detach(), total.detach(), logits.detach(), shared is not None
+        )
         return total

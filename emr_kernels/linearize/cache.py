@@ -13,6 +13,7 @@ from torch import nn
 from emr_kernels.linearize.export import UnsupportedModelError, export_graph
 from emr_kernels.linearize.graph import Graph
 from emr_kernels.linearize.program import Program
+from emr_kernels.linearize.sharing import difference, hooked, modes
 from emr_kernels.linearize.verify import find_mismatch, probe
 from emr_kernels.linearize.wrappers import ordinary
 
@@ -37,6 +38,7 @@ class _Prepared:
 class _Entry:
     fingerprint: Any
     prepared: dict[Any, list[_Prepared]] = field(default_factory=dict)
+    differences: dict[Any, str | None] = field(default_factory=dict)
 
 
 _ENTRIES: weakref.WeakKeyDictionary[nn.Module, _Entry] = weakref.WeakKeyDictionary()
@@ -94,6 +96,25 @@ def find_program(model: nn.Module, x: torch.Tensor, layers: tuple[str, ...] = (I
         taps = [graph.input if layer == INPUT else graph.input_of(layer) for layer in layers]
         prepared.programs[layers] = Program(graph, taps)
     return prepared.programs[layers]
+
+
+def mode_difference(model: nn.Module, program: Program, x: torch.Tensor) -> str | None:
+    """Why the model in its present mode is another function than its program; None if it is the same.
+
+    Args:
+        model: the unwrapped module.
+        program: from `find_program` for this model and x.
+        x: `[N, ...]`.
+    """
+    if hooked(model):
+        return "it has hooks"
+    entry = _ENTRIES[model]
+    key = (modes(model), id(program.graph))
+    if key not in entry.differences:
+        with torch.inference_mode(False):
+            x = ordinary(_in_model_dtype(model, x).detach())
+            entry.differences[key] = difference(model, program, x)
+    return entry.differences[key]
 
 
 def _in_model_dtype(model: nn.Module, x: torch.Tensor) -> torch.Tensor:

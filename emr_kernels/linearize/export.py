@@ -6,6 +6,7 @@ import inspect
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 from warnings import catch_warnings
 
@@ -31,18 +32,20 @@ class UnsupportedModelError(Exception):
         self.num_classes = num_classes
 
 
-def export_graph(model: nn.Module, example: torch.Tensor) -> Graph:
-    """Export `model` in evaluation mode.
+def export_graph(model: nn.Module, example: torch.Tensor, evaluation: bool = True) -> Graph:
+    """Export `model`.
 
     Args:
         model: the unwrapped module.
         example: input `[N, ...]`. With N >= 2 the batch extent stays dynamic where the model allows it; with N = 1
             the graph is for single samples only (`torch.export` specialises an extent of 1).
+        evaluation: in evaluation mode; otherwise in its present one.
 
     Raises:
         UnsupportedModelError: if the model cannot be exported, or the exported graph would have other derivatives.
     """
-    program = _export(model, example)
+    with evaluation_mode(model) if evaluation else nullcontext():
+        program = _export(model, example)
     if any(_mutates(node) for node in program.graph.nodes):
         program = program.run_decompositions({})
     return _Reader(model, program, example).read()
@@ -57,7 +60,7 @@ def _export(model: nn.Module, example: torch.Tensor) -> ExportedProgram:
     # An input that carries gradient history would be exported as such; the graph does not need it.
     example = example.detach()
     device = example.device.type
-    with evaluation_mode(model), untouched(model), plain_kernels(device), torch.enable_grad(), catch_warnings():
+    with untouched(model), plain_kernels(device), torch.enable_grad(), catch_warnings():
         warnings.simplefilter("ignore")
         for dynamic_shapes in attempts:
             try:
@@ -118,6 +121,8 @@ class _Reader:
                 raise UnsupportedModelError(f"the exported graph holds a {node.op} node ({node.target})")
         graph = self.graph
         graph.size = len(self.index)
+        outputs = self.program.graph_signature.output_specs
+        graph.written = tuple(str(spec.target) for spec in outputs if spec.kind is OutputKind.BUFFER_MUTATION)
         graph.output = self.index[output]
         used = {ref for node in graph.body for ref in node.weights}
         graph.leaves = tuple(sorted(used))

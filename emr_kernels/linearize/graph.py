@@ -95,6 +95,7 @@ class Graph:
         body: the other calls, in order.
         leaves: values without x in them through which a parameter reaches the body.
         shapes: the shape of every tensor value for the exported batch (a batch-dependent extent is None).
+        written: buffers that the live forward changes; the engine does not.
         batches: smallest and largest batch that the graph serves.
     """
 
@@ -108,6 +109,7 @@ class Graph:
     leaves: tuple[int, ...]
     batches: tuple[int, int] = (1, 1)
     shapes: dict[int, tuple[int | None, ...]] = field(default_factory=dict)
+    written: tuple[str, ...] = ()
 
     @property
     def num_classes(self) -> int:

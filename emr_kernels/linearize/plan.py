@@ -46,13 +46,16 @@ class Planner:
         self.tapped = self._downstream_of(taps)
         self.scale_sources = find_scale_sources(rules, kept, dims)
         self._mark_free({*kept, graph.input})
-        self._plans: dict[tuple[bool, ...], Plan] = {}
+        self._plans: dict[tuple[tuple[bool, ...], bool], Plan] = {}
 
-    def plan(self, wanted: tuple[bool, ...]) -> Plan:
-        """The plan for these wanted leaves (parallel to `graph.leaves`)."""
-        if wanted not in self._plans:
-            self._plans[wanted] = self._make_plan(wanted)
-        return self._plans[wanted]
+    def plan(self, wanted: tuple[bool, ...], first_order: bool) -> Plan:
+        """The plan for these wanted leaves (parallel to `graph.leaves`).
+
+        `first_order`: whether the logits' own gradient will be asked for, too, as in ordinary training.
+        """
+        if (wanted, first_order) not in self._plans:
+            self._plans[wanted, first_order] = self._make_plan(wanted, first_order)
+        return self._plans[wanted, first_order]
 
     def _last_uses(self) -> list[list[int]]:
         """For each call, the values that nothing reads after it."""
@@ -81,7 +84,7 @@ class Planner:
                 tapped.add(rule.node.index)
         return tapped
 
-    def _make_plan(self, wanted: tuple[bool, ...]) -> Plan:
+    def _make_plan(self, wanted: tuple[bool, ...], first_order: bool) -> Plan:
         masks = [tuple(wanted[self.leaf_place[ref]] for ref in rule.node.weights) for rule in self.rules]
         anything = any(wanted)
         bends: set[int] = set()  # values with a curved call downstream
@@ -91,7 +94,7 @@ class Planner:
             index = rule.node.index
             active = any(ref in self.tapped for ref in rule.node.active)
             keeps.append(active and (rule.curved or (rule.bilinear and any(mask))))
-            needs_primal.append(index in bends and any(mask))
+            needs_primal.append((first_order or index in bends) and any(mask))
             tangent.append(index in carries)
             if (rule.curved and active) or index in bends:
                 bends.update(rule.node.active)

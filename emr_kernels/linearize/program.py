@@ -5,6 +5,7 @@ With s = Σ_i seed_i · f(x_i), h_l the value of a tap (the input x, or the inpu
     forward     x -> logits, and a residual for each call
     vjp         seed -> ∂s/∂h_l at every tap
     pull_back   tangents u_l at the taps -> ∂/∂θ and ∂/∂x of Σ_l ⟨u_l, ∂s/∂h_l⟩, the u_l and the seed held constant
+    gradient    seed -> ∂s/∂θ and ∂s/∂x, the ordinary backward
 
 `pull_back` walks forward once (tangents, parameter gradients) and, only where a curved operator left something to
 carry, backward once (`adjoint`). There is no double backward in it.
@@ -57,9 +58,9 @@ class Program:
         self._paths = [(binding, binding.name.split(".")) for binding in graph.bindings]
         self.image_like = any("conv2d" in str(rule.node.target) for rule in self.rules)
 
-    def plan(self, wanted: tuple[bool, ...]) -> Plan:
-        """The plan for these wanted leaves (parallel to `graph.leaves`)."""
-        return self.planner.plan(wanted)
+    def plan(self, wanted: tuple[bool, ...], first_order: bool = False) -> Plan:
+        """The plan for these wanted leaves (parallel to `graph.leaves`); `first_order` if `gradient` will be called."""
+        return self.planner.plan(wanted, first_order)
 
     def bind(self, model: nn.Module, batch: int) -> list[Any]:
         """Values of everything that does not depend on the data of x, from the live model.
@@ -254,23 +255,44 @@ class Program:
                 self._carry_back(point, adjoints, grads, wants_input)
         return grads, adjoints[self.graph.input]
 
+    def gradient(
+        self, point: Point, seed: torch.Tensor, wants_input: bool
+    ) -> tuple[list[torch.Tensor | None], torch.Tensor | None]:
+        """Derivatives of Σ seed · logits, the seed held constant, at a point whose plan is of first order.
+
+        Args:
+            seed: `[N, C]`.
+            wants_input: whether the derivative in x is asked for.
+
+        Returns:
+            A gradient for each of `graph.leaves` (None where it is zero or not wanted), and one for x.
+        """
+        grads: list[torch.Tensor | None] = [None] * len(self.graph.leaves)
+        adjoints: list[Any] = [None] * self.graph.size
+        with ordinary_tensors(), torch.no_grad(), torch.autocast(point.device_type, enabled=False):
+            adjoints[self.graph.output] = ordinary(seed).to(point.dtypes[self.graph.output])
+            self._carry_back(point, adjoints, grads, wants_input)
+        return grads, adjoints[self.graph.input]
+
     def _carry_back(
         self, point: Point, adjoints: list[Any], grads: list[torch.Tensor | None], wants_input: bool
     ) -> None:
         """An ordinary backward pass for what the curved operators left."""
+        owned: set[int] = set()  # values whose adjoint is memory that nobody else reads
         for place in range(len(self.rules) - 1, -1, -1):
             rule = self.rules[place]
-            adjoint, adjoints[rule.node.index] = adjoints[rule.node.index], None
+            index = rule.node.index
+            adjoint, adjoints[index] = adjoints[index], None
             if adjoint is None:
                 continue
             wanted = point.plan.wanted[place]
-            if any(wanted):
-                self._collect(grads, place, rule.param_vjp(point.residuals[place], adjoint, wanted))
-            if not rule.node.active or (not wants_input and place <= point.plan.first_wanted):
-                continue
-            terms = rule.vjp(point.residuals[place], adjoint)
+            needs_input = bool(rule.node.active) and (wants_input or place > point.plan.first_wanted)
+            found, terms = rule.backward(point.residuals[place], adjoint, wanted, needs_input, index in owned)
+            self._collect(grads, place, found)
             for ref, term in zip(rule.node.active, terms, strict=True):
                 if term is not None:
+                    if rule.fresh or adjoints[ref] is not None:
+                        owned.add(ref)
                     adjoints[ref] = _add(adjoints[ref], term, point.dtypes[ref], rule.fresh)
 
     def _collect_scales(

@@ -84,8 +84,7 @@ def find_mismatch(model: nn.Module, program: Program, x: torch.Tensor) -> str | 
         foreign = _foreign_node(live_logits, bound | {id(live_x)})
         if foreign is not None:
             return foreign
-        steps = torch.arange(live_logits.numel(), device=x.device, dtype=torch.float32)
-        seed = torch.cos(steps).view(live_logits.shape).to(live_logits.dtype)
+        seed = _seed_like(live_logits)
         (weight,), kept = program.vjp(point, seed, keep=True)
         try:
             (live_weight,) = torch.autograd.grad(
@@ -108,6 +107,39 @@ def find_mismatch(model: nn.Module, program: Program, x: torch.Tensor) -> str | 
         if _differs(found, expected, parameters):
             return "its parameter gradient differs from autograd's double backward"
     return None
+
+
+def gradient_mismatch(model: nn.Module, program: Program, x: torch.Tensor) -> str | None:
+    """What the program's ordinary gradient gets wrong on this input, against autograd on the model as it stands.
+
+    Args:
+        model: the unwrapped module, in the mode that its training forward runs in.
+        program: any taps.
+        x: `[N, ...]`, a few samples.
+    """
+    x = x.detach()
+    with torch.inference_mode(False), torch.enable_grad(), plain_kernels(x.device.type), _perturbed(model):
+        values = program.bind(model, x.shape[0])
+        leaves = program.leaves(values)
+        plan = program.plan(tuple(leaf.requires_grad for leaf in leaves), first_order=True)
+        point = program.forward(values, x, plan)
+        live_x = x.clone().requires_grad_()
+        live_logits = untouched_forward(model, live_x)
+        if point.logits.shape != live_logits.shape or _differs([point.logits], [live_logits.detach()]):
+            return "its logits differ from the model's"
+        seed = _seed_like(live_logits)
+        grads, x_grad = program.gradient(point, seed, wants_input=True)
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        found = [x_grad, *_to_parameters(leaves, grads, parameters)]
+        targets = [live_x, *parameters]
+        expected = torch.autograd.grad(live_logits, targets, seed, allow_unused=True)
+        return "its gradient differs from autograd's" if _differs(found, expected, targets) else None
+
+
+def _seed_like(logits: torch.Tensor) -> torch.Tensor:
+    """A fixed seed that weighs every logit of every sample differently."""
+    steps = torch.arange(logits.numel(), device=logits.device, dtype=torch.float32)
+    return torch.cos(steps).view(logits.shape).to(logits.dtype)
 
 
 @contextmanager

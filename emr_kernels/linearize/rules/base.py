@@ -88,6 +88,18 @@ class Rule:
         """(∂F/∂θ)ᵀā for each wanted parameter."""
         return (None,) * len(wanted)
 
+    def backward(
+        self, residual: Any, cotangent: Any, wanted: Sequence[bool], needs_input: bool, free: bool
+    ) -> tuple[Tensors, Tensors]:
+        """Everything an ordinary backward pass asks of one call: `param_vjp`, and `vjp` if the input's is needed.
+
+        `free`: the cotangent may be overwritten.
+        """
+        grads = self.param_vjp(residual, cotangent, wanted) if any(wanted) else (None,) * len(wanted)
+        if not needs_input:
+            return grads, (None,) * len(self.node.active)
+        return grads, (self.vjp_into if free else self.vjp)(residual, cotangent)
+
     def second_order(
         self, residual: Any, cotangent: Any, tangents: Tensors, wanted: Sequence[bool], needs_tangent: bool
     ) -> SecondOrder:

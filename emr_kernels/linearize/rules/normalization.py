@@ -180,22 +180,50 @@ class AffineReluRule(Rule):
         )
         return SecondOrder(out, grads, (None,))
 
-    def param_vjp(self, residual: _Residual, cotangent: Any, wanted: Sequence[bool]) -> Tensors:
+    def backward(
+        self, residual: Any, cotangent: Any, wanted: Sequence[bool], needs_input: bool, free: bool
+    ) -> tuple[Tensors, Tensors]:
+        if not any(wanted):
+            return super().backward(residual, cotangent, wanted, needs_input, free)
         if residual.bits is not None:
             cotangent = ops.affine_relu_vjp(
-                cotangent, residual.bits, negative_slope=self.slope or 0.0, memory_format=residual.memory_format
+                cotangent,
+                residual.bits,
+                negative_slope=self.slope or 0.0,
+                memory_format=residual.memory_format,
+                out=reusable(cotangent, residual.memory_format, free),
             )
-        grads: list[torch.Tensor | None] = []
-        for place, want in zip(self._places(), wanted, strict=True):
-            if not want:
-                grads.append(None)
-            elif place == self.call.weight:
-                assert residual.input is not None
-                centred = residual.input - channelwise(residual.affine.mean, residual.input)
-                grads.append(channel_sum(cotangent * centred) * residual.affine.inverse_std)
-            else:
-                grads.append(channel_sum(cotangent))
-        return tuple(grads)
+            free = True
+        affine, grads = residual.affine, self._sums(residual, cotangent, wanted)
+        if not needs_input:
+            return grads, (None,)
+        scale = channelwise(affine.scale, cotangent)
+        return grads, (cotangent.mul_(scale) if free else cotangent * scale,)
+
+    def _sums(self, residual: _Residual, cotangent: torch.Tensor, wanted: Sequence[bool]) -> Tensors:
+        """dγ = Σ δ (a − mean)/σ and dβ = Σ δ for the cotangent δ of the affine map."""
+        wants = {place for place, want in zip(self._places(), wanted, strict=True) if want}
+        if self.call.weight not in wants:
+            return tuple(channel_sum(cotangent) if want else None for want in wanted)
+        assert residual.input is not None
+        affine = residual.affine
+        # One fused pass; an eps of zero, as the variance here is 1/inverse_std² itself.
+        _, scale_grad, shift_grad = aten.native_batch_norm_backward.default(
+            cotangent,
+            residual.input,
+            None,
+            affine.mean,
+            affine.inverse_std.square().reciprocal(),
+            None,
+            None,
+            False,
+            0.0,
+            [False, True, True],
+        )
+        return tuple(
+            (scale_grad if place == self.call.weight else shift_grad) if want else None
+            for place, want in zip(self._places(), wanted, strict=True)
+        )
 
 
 @rule_for(aten.batch_norm.default)
@@ -233,5 +261,9 @@ class FunctionalBatchNormRule(AffineReluRule):
     ) -> SecondOrder:
         return super().second_order(residual, cotangent[0], tangents, wanted, needs_tangent)
 
-    def param_vjp(self, residual: _Residual, cotangent: Any, wanted: Sequence[bool]) -> Tensors:
-        return super().param_vjp(residual, cotangent[0], wanted)
+    def backward(
+        self, residual: Any, cotangent: Any, wanted: Sequence[bool], needs_input: bool, free: bool
+    ) -> tuple[Tensors, Tensors]:
+        if not any(wanted):
+            return (None,) * len(wanted), super().vjp(residual, cotangent[0]) if needs_input else (None,)
+        return super().backward(residual, cotangent[0], wanted, needs_input, False)
