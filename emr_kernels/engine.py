@@ -10,6 +10,7 @@ from torch import nn
 
 from emr_kernels.fallback import squared_norms
 from emr_kernels.function import PenaltyFunction, Request, evaluate
+from emr_kernels.graphed import GraphCache
 from emr_kernels.linearize.cache import find_program, mode_difference
 from emr_kernels.linearize.export import UnsupportedModelError
 from emr_kernels.linearize.program import Program
@@ -39,10 +40,11 @@ class Engine:
         y: torch.Tensor | None,
         options: PenaltyOptions,
         factor: float | None,
+        graphs: GraphCache | None,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """factor · Σ_i r_i (or r `[N]` for None), and per-sample norms by layer.
 
-        `model` is the unwrapped module.
+        `model` is the unwrapped module; `graphs` captures the passes as CUDA graphs.
         """
         x = ordinary(x)
         if self.program is None:
@@ -50,7 +52,7 @@ class Engine:
             return (squares if factor is None else squares.sum() * factor), norms
         values = self.program.bind(model, x.shape[0])
         leaves = self.program.leaves(values)
-        request = Request(self.program, values, options, y, factor)
+        request = Request(self.program, values, options, y, factor, graphs)
         if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *leaves)):
             value = PenaltyFunction.apply(request, x, *leaves)  # type: ignore[no-untyped-call]
         else:

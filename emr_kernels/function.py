@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from emr_kernels.directions import seeds
 from emr_kernels.linearize.program import Point, Program
 from emr_kernels.options import PenaltyOptions
+
+if TYPE_CHECKING:
+    from emr_kernels.graphed import GraphCache
 
 
 @dataclass
@@ -22,6 +25,7 @@ class Request:
         values: from `program.bind`; used up by the forward.
         y: class indices `[N]`, where the direction needs them.
         factor: what multiplies the sum of the squared norms; None leaves them unreduced.
+        graphs: where passes are captured as CUDA graphs; None runs them one by one.
         norms: per-sample effective weight norms `[N]` by layer, for the caller.
     """
 
@@ -30,6 +34,7 @@ class Request:
     options: PenaltyOptions
     y: torch.Tensor | None
     factor: float | None
+    graphs: GraphCache | None = None
     norms: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
@@ -77,6 +82,51 @@ def report(request: Request, squares: torch.Tensor) -> torch.Tensor:
     return squares.sum(0)
 
 
+def passes(
+    request: Request, x: torch.Tensor, wanted: tuple[bool, ...], wants_x: bool
+) -> tuple[torch.Tensor | None, ...]:
+    """Every pass of the penalty: squared norms `[layers, N]`, a scale, and gradients of x and of each leaf.
+
+    The gradients (None where there is none) are those of half the sum of squares, divided by the scale.
+    """
+    program = request.program
+    leaves = program.leaves(request.values)
+    point = program.forward(request.values, x, program.plan(wanted))
+    sink = Sink(program, point, leaves, x if wants_x else None)
+    squares = add_penalty(request, point, sink)
+    return squares, sink.scale, *sink.unscaled()
+
+
+def add_penalty(request: Request, point: Point, sink: Sink) -> torch.Tensor:
+    """The passes after the forward; returns the squared norms `[layers, N]`, summed over class mixes."""
+    total: torch.Tensor | None = None
+    for seed in request_seeds(request, point):
+        weights, kept = request.program.vjp(point, seed, keep=True)
+        squares = square_norms(weights, point.logits)
+        total = squares if total is None else total + squares
+        sink.add(weights, kept, squares)
+    assert total is not None
+    return total
+
+
+def _deferred_passes(
+    request: Request, x: torch.Tensor, leaves: Sequence[torch.Tensor], wanted: tuple[bool, ...], wants_x: bool
+) -> tuple[Sink, list[_Pass], torch.Tensor]:
+    """Forward and vjp alone, for a result `[N]`: the tangents wait for its cotangent."""
+    program = request.program
+    point = program.forward(request.values, x, program.plan(wanted))
+    request.values = []
+    found: list[_Pass] = []
+    total: torch.Tensor | None = None
+    for seed in request_seeds(request, point):
+        weights, kept = program.vjp(point, seed, keep=True)
+        squares = square_norms(weights, point.logits)
+        total = squares if total is None else total + squares
+        found.append(_Pass(weights, kept))
+    assert total is not None
+    return Sink(program, point, leaves, x if wants_x else None), found, total
+
+
 class PenaltyFunction(torch.autograd.Function):
     """x, leaves -> the sum of squared norms times the request's factor, or `[N]` squared norms without one.
 
@@ -85,33 +135,19 @@ class PenaltyFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, request: Request, x: torch.Tensor, *leaves: torch.Tensor) -> torch.Tensor:
-        program, factor = request.program, request.factor
-        wanted = tuple(ctx.needs_input_grad[2:])
-        wants_x = bool(ctx.needs_input_grad[1])
-        point = program.forward(request.values, x, program.plan(wanted))
-        request.values = []
-        sink = Sink(program, point, leaves, x if wants_x else None)
-        deferred: list[_Pass] = []
-        total: torch.Tensor | None = None
-        for seed in request_seeds(request, point):
-            weights, kept = program.vjp(point, seed, keep=True)
-            squares = square_norms(weights, point.logits)
-            total = squares if total is None else total + squares
-            if factor is None:
-                deferred.append(_Pass(weights, kept))
-            else:
-                sink.add(weights, kept, squares)
-        assert total is not None
-        squared = report(request, total)
-        inputs = (x, *leaves)
+        factor, wanted, wants_x = request.factor, tuple(ctx.needs_input_grad[2:]), bool(ctx.needs_input_grad[1])
         if factor is None:
+            sink, deferred, squares = _deferred_passes(request, x, leaves, wanted, wants_x)
             ctx.deferred = (sink, deferred)
-            ctx.save_for_backward(*inputs)
-            return squared
+            ctx.save_for_backward(x, *leaves)
+            return report(request, squares)
+        run = passes if request.graphs is None else request.graphs.run
+        squares, scale, *grads = run(request, x, wanted, wants_x)
+        assert squares is not None and scale is not None
+        request.values = []
         ctx.deferred = None
-        assert sink.scale is not None
-        ctx.save_for_backward(*inputs, 2 * factor * sink.scale, *sink.unscaled())
-        return squared.sum() * factor
+        ctx.save_for_backward(x, *leaves, 2 * factor * scale, *grads)
+        return report(request, squares).sum() * factor
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Any) -> Any:

@@ -82,6 +82,7 @@ class EMRLoss(nn.Module):
         batch_size: int | None = None,
         base_loss: BaseLoss | None = None,
         checks: str = "auto",
+        graph: bool = False,
         share_forward: bool = True,
     ) -> None:
         super().__init__()
@@ -94,7 +95,7 @@ class EMRLoss(nn.Module):
         if base_loss is not None and not callable(base_loss):
             raise TypeError(f"base_loss is {base_loss!r}; expected a function of logits and y, or None")
         self.penalty = EffectiveWeightPenalty(
-            model, temperature, direction, reduction, layers, subset, every, center, batch_size, checks
+            model, temperature, direction, reduction, layers, subset, every, center, batch_size, checks, graph
         )
         self._base_loss = (base_loss,)
         self.last: LossTerms | None = None

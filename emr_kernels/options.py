@@ -29,6 +29,7 @@ class PenaltyOptions:
     center: bool = False
     batch_size: int | None = None
     checks: str = "auto"
+    graph: bool = False
 
     def __post_init__(self) -> None:
         _one_of("direction", self.direction, DIRECTIONS)
@@ -43,8 +44,9 @@ class PenaltyOptions:
         whole("every", self.every)
         if self.batch_size is not None:
             whole("batch_size", self.batch_size)
-        if not isinstance(self.center, bool):
-            raise TypeError(f"center is {self.center!r}; expected True or False")
+        for name in ("center", "graph"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} is {getattr(self, name)!r}; expected True or False")
         if isinstance(self.layers, str) or not isinstance(self.layers, Sequence):
             raise TypeError(f"layers is {self.layers!r}; expected a sequence of names, 'input' or modules")
         if not self.layers:

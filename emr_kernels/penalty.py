@@ -11,6 +11,7 @@ from torch import nn
 from emr_kernels.checks import check_input, check_labels, check_model
 from emr_kernels.distributed import SynchronisationGuard
 from emr_kernels.engine import Engine, find_engine, warn_fallback
+from emr_kernels.graphed import GraphCache
 from emr_kernels.linearize.cache import forget
 from emr_kernels.linearize.wrappers import unwrap
 from emr_kernels.options import PenaltyOptions
@@ -60,6 +61,9 @@ class EffectiveWeightPenalty(nn.Module):
             accumulation the effective one (with the loss divided by the number of parts, as usual).
         checks: whether values of x and y are checked: "auto" (always on the CPU, once on a GPU, where it has to
             wait), "always", "never". Shapes and dtypes always are.
+        graph: capture the passes in a CUDA graph for each shape of batch, and replay it: one launch instead of
+            hundreds. Where that cannot be (on the CPU, for reduction "none") the passes run as without it, and
+            `graph_reason` says why.
 
     Raises:
         TypeError, ValueError: naming the argument, its value and what was expected, before any work.
@@ -81,6 +85,7 @@ class EffectiveWeightPenalty(nn.Module):
         center: bool = False,
         batch_size: int | None = None,
         checks: str = "auto",
+        graph: bool = False,
     ) -> None:
         super().__init__()
         check_model(model)
@@ -94,7 +99,9 @@ class EffectiveWeightPenalty(nn.Module):
             center,
             batch_size,
             checks,
+            graph,
         )
+        self._graphs = GraphCache() if graph else None
         # In a tuple, so that nn.Module does not register it.
         self._held = (model,)
         self.calls = 0
@@ -143,6 +150,11 @@ class EffectiveWeightPenalty(nn.Module):
         if values:
             self._checked_devices.add(x.device)
         return engine
+
+    @property
+    def graph_reason(self) -> str | None:
+        """Why the last call did not replay a CUDA graph; None if it did."""
+        return "graph is False" if self._graphs is None else self._graphs.reason
 
     def refresh(self) -> None:
         """Export the model again at the next call, after a change that its modules and parameters do not show.
@@ -200,7 +212,7 @@ class EffectiveWeightPenalty(nn.Module):
             x, y = x[chosen], y[chosen] if y is not None and options.needs_labels else None
         factor = options.factor(count, batch) * repeats
         reduced = options.reduction != "none"
-        value, norms = engine.penalty(unwrap(self.model), x, y, options, factor if reduced else None)
+        value, norms = engine.penalty(unwrap(self.model), x, y, options, factor if reduced else None, self._graphs)
         if not reduced:
             value = value * factor
         if chosen is not None:
@@ -219,11 +231,12 @@ class EffectiveWeightPenalty(nn.Module):
         """The logits and the penalty of checked arguments from one forward, both differentiable.
 
         None where one forward does not serve both: the model is another function in its present mode, is wrapped, or
-        has hooks, or this call does not compute the penalty of the whole batch.
+        has hooks, this call does not compute the penalty of the whole batch, or its passes are a CUDA graph.
         """
         options, model = self.options, self.model
         whole = options.every == 1 and max(1, round(options.subset * x.shape[0])) == x.shape[0]
-        if not whole or unwrap(model) is not model or not engine.shares_forward(model, x):
+        captured = self._graphs is not None and x.is_cuda
+        if captured or not whole or unwrap(model) is not model or not engine.shares_forward(model, x):
             return None
         self.calls += 1
         logits, value, norms = engine.logits_and_penalty(model, x, y, options, options.factor(x.shape[0], x.shape[0]))

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from emr_kernels.function import Request, Sink, differentiable_once, report, request_seeds, square_norms, wide
+from emr_kernels.function import Request, Sink, add_penalty, differentiable_once, report, wide
 
 
 class LogitsAndPenalty(torch.autograd.Function):
@@ -28,14 +28,8 @@ class LogitsAndPenalty(torch.autograd.Function):
         point = program.forward(request.values, x, plan)
         request.values = []
         sink = Sink(program, point, leaves, x if wants_x else None)
-        total: torch.Tensor | None = None
-        for seed in request_seeds(request, point):
-            weights, kept = program.vjp(point, seed, keep=True)
-            squares = square_norms(weights, point.logits)
-            total = squares if total is None else total + squares
-            sink.add(weights, kept, squares)
-        assert total is not None and sink.scale is not None
-        squared = report(request, total)
+        squared = report(request, add_penalty(request, point, sink))
+        assert sink.scale is not None
         # Saved like any operator's tensors: let go of by backward, and refused if changed in place before it.
         residuals, ctx.layout = pytree.tree_flatten(point.residuals)
         ctx.tensors = [isinstance(leaf, torch.Tensor) for leaf in residuals]
