@@ -137,10 +137,10 @@ class PenaltyFunction(torch.autograd.Function):
     def forward(ctx: Any, request: Request, x: torch.Tensor, *leaves: torch.Tensor) -> torch.Tensor:
         factor, wanted, wants_x = request.factor, tuple(ctx.needs_input_grad[2:]), bool(ctx.needs_input_grad[1])
         if factor is None:
-            sink, deferred, squares = _deferred_passes(request, x, leaves, wanted, wants_x)
+            sink, deferred, unreduced = _deferred_passes(request, x, leaves, wanted, wants_x)
             ctx.deferred = (sink, deferred)
             ctx.save_for_backward(x, *leaves)
-            return report(request, squares)
+            return report(request, unreduced)
         run = passes if request.graphs is None else request.graphs.run
         squares, scale, *grads = run(request, x, wanted, wants_x)
         assert squares is not None and scale is not None
