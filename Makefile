@@ -8,7 +8,7 @@ SOURCES := $(shell find csrc -type f) emr_kernels/_build.py
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DELETE_ON_ERROR:
-.PHONY: demo test lint format typecheck clean
+.PHONY: demo test lint format typecheck triton-check clean
 
 # The demo's nets are so small that a second thread costs more than it gives.
 demo: export OMP_NUM_THREADS ?= 1
@@ -28,6 +28,10 @@ format: $(VENV)/installed
 
 typecheck: $(VENV)/installed
 	$(BIN)/mypy
+
+# Every Triton kernel compiled for sm_80, sm_90 and sm_100; needs no GPU.
+triton-check: $(VENV)/installed
+	env -u TRITON_INTERPRET $(BIN)/python -m emr_kernels.triton.check
 
 $(VENV)/torch:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or later is needed: make PYTHON=...")'

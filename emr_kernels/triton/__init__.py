@@ -1,6 +1,7 @@
 """Triton kernels: the GPU path that needs no compiler. Importing this imports Triton, so it happens on demand only.
 
-Each file holds the kernels of one operator and its launchers, which take the operator's arguments.
+Each file holds the kernels of one operator, its launchers, which take the operator's arguments, and the `examples` that
+`check` compiles.
 """
 
 from __future__ import annotations
@@ -8,5 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from emr_kernels.triton.bits import pack_bits
+
 #: The launcher of each operator that has one, by the operator's name.
-launchers: dict[str, Callable[..., Any]] = {}
+launchers: dict[str, Callable[..., Any]] = {
+    "pack_bits": pack_bits,
+}

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from backends import BACKENDS, Backend
 from emr_kernels import ops
+from emr_kernels.ops.bits import pack_bits_reference
 
 
 def test_order_of_bits() -> None:
@@ -21,6 +23,16 @@ def test_round_trip(shape: tuple[int, ...]) -> None:
     assert torch.equal(ops.unpack_bits(bits, shape), mask)
     if mask.numel() % 8:
         assert int(bits[-1]) < 1 << mask.numel() % 8
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=str)
+def test_backends_match_reference(backend: Backend) -> None:
+    kernel = backend.kernel("pack_bits", torch.float32)
+    flat = torch.rand(40001) > 0.5
+    image = (torch.rand(3, 5, 7, 9) > 0.5).contiguous(memory_format=torch.channels_last)
+    # Several blocks with a tail, an unaligned slice, another memory order, fewer than a byte, nothing.
+    for mask in (flat, flat[3:30003], image, flat[:7], flat[:0]):
+        assert torch.equal(kernel(mask.to(backend.device)).cpu(), pack_bits_reference(mask))
 
 
 def test_channels_last_order() -> None:
