@@ -22,8 +22,8 @@ class Plan:
     keeps_cotangent: list[bool]
     needs_tangent: list[bool]
     first_wanted: int
-    by_identity: dict[int, int]  # BatchNorm's place -> its scale's place among the leaves; see `scales`
-    identity_layers: dict[int, list[int]]  # a layer's place -> the BatchNorms that its weight gradient serves
+    folded: dict[int, int]  # BatchNorm's place -> its scale's place among the leaves; see `scales`
+    folding: dict[int, list[int]]  # a layer's place -> the BatchNorms whose scales it applies
 
 
 class Planner:
@@ -103,13 +103,14 @@ class Planner:
         if not anything and not bends:
             keeps = [False] * len(keeps)
         first = next((place for place, mask in enumerate(masks) if any(mask)), len(masks))
-        by_identity, layers = self._identities(masks)
-        return Plan(masks, needs_primal[::-1], keeps[::-1], tangent[::-1], first, by_identity, layers)
+        folded, folding = self._folds(masks)
+        keeps = [kept and place not in folded for place, kept in enumerate(reversed(keeps))]
+        return Plan(masks, needs_primal[::-1], keeps, tangent[::-1], first, folded, folding)
 
-    def _identities(self, masks: list[tuple[bool, ...]]) -> tuple[dict[int, int], dict[int, list[int]]]:
-        """Which wanted BatchNorm scales can be had from wanted weight gradients."""
-        by_identity: dict[int, int] = {}
-        layers: dict[int, list[int]] = {}
+    def _folds(self, masks: list[tuple[bool, ...]]) -> tuple[dict[int, int], dict[int, list[int]]]:
+        """Which wanted BatchNorm scales are folded into layers whose weights are wanted, too."""
+        folded: dict[int, int] = {}
+        folding: dict[int, list[int]] = {}
         for place, source in self.scale_sources.items():
             norm = self.rules[place]
             assert isinstance(norm, AffineReluRule)
@@ -120,7 +121,7 @@ class Planner:
                 isinstance(rule, BilinearRule) and rule.weight_place is not None and masks[layer][rule.weight_place]
                 for layer, rule in served
             ):
-                by_identity[place] = self.leaf_place[norm.node.weights[norm.scale_place]]
+                folded[place] = self.leaf_place[norm.node.weights[norm.scale_place]]
                 for layer in source.layers:
-                    layers.setdefault(layer, []).append(place)
-        return by_identity, layers
+                    folding.setdefault(layer, []).append(place)
+        return folded, folding

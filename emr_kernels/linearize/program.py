@@ -24,7 +24,7 @@ from emr_kernels.linearize.graph import Binding, Graph, resolve
 from emr_kernels.linearize.plan import Plan, Planner
 from emr_kernels.linearize.rules import GenericRule, Rule
 from emr_kernels.linearize.rules.convolution import BilinearRule
-from emr_kernels.linearize.scales import smallest_scale
+from emr_kernels.linearize.rules.normalization import AffineReluRule
 from emr_kernels.linearize.wrappers import ordinary, ordinary_tensors
 
 
@@ -38,7 +38,6 @@ class Point:
         self.operand_dtypes: list[torch.dtype | None] = [None] * calls
         self.device_type = "cpu"
         self.logits = torch.empty(0)
-        self.spared: frozenset[int] = frozenset()  # BatchNorms whose cotangent is not kept
 
 
 class Program:
@@ -117,20 +116,24 @@ class Program:
                 for ref in self.planner.releases[place]:
                     values[ref] = None
         point.logits = values[graph.output]
-        point.spared = self._spared(point)
         return point
 
-    def _spared(self, point: Point) -> frozenset[int]:
-        """The BatchNorms whose scale gradient comes by identity: none of their scales is near zero.
+    def _linear(self, point: Point, place: int) -> Any:
+        """A call's residual as the linear passes use it: BatchNorm scales moved into the layers around them."""
+        residual, plan = point.residuals[place], point.plan
+        rule = self.rules[place]
+        if place in plan.folded:
+            assert isinstance(rule, AffineReluRule)
+            return rule.unscaled(residual)
+        if place in plan.folding:
+            assert isinstance(rule, BilinearRule)
+            return rule.scaled(residual, self._scales(point, place))
+        return residual
 
-        On a GPU that look would wait for the device, so there every cotangent is kept.
-        """
-        places = list(point.plan.by_identity)
-        if not places or point.device_type != "cpu":
-            return frozenset()
-        smallest = torch.stack([point.residuals[place].affine.scale.abs().min() for place in places]).tolist()
-        limits = [smallest_scale(point.dtypes[self.rules[place].node.index]) for place in places]
-        return frozenset(p for p, low, limit in zip(places, smallest, limits, strict=True) if low > limit)
+    def _scales(self, point: Point, place: int) -> list[tuple[torch.Tensor, bool]]:
+        """The BatchNorm scales that a layer applies, and whether it reads that BatchNorm (else: feeds it)."""
+        norms = point.plan.folding[place]
+        return [(point.residuals[norm].affine.scale, self.planner.scale_sources[norm].reads) for norm in norms]
 
     def _laid_out(self, x: torch.Tensor) -> torch.Tensor:
         """x in the memory format that the convolution library is fastest in."""
@@ -165,13 +168,13 @@ class Program:
                 cotangents[index] = None
                 if index in self.taps:
                     at_taps[index] = cotangent
-                stays = keep and plan.keeps_cotangent[place] and place not in point.spared
+                stays = keep and plan.keeps_cotangent[place]
                 if stays:
                     kept[place] = cotangent
                 if not any(ref in self.planner.tapped for ref in rule.node.active):
                     continue
                 free = index in owned and not stays and index not in self.taps
-                grads = (rule.vjp_into if free else rule.vjp)(point.residuals[place], cotangent)
+                grads = (rule.vjp_into if free else rule.vjp)(self._linear(point, place), cotangent)
                 for ref, grad in zip(rule.node.active, grads, strict=True):
                     if grad is not None and ref in self.planner.tapped:
                         if rule.fresh or cotangents[ref] is not None:
@@ -188,7 +191,7 @@ class Program:
             for place, rule in enumerate(self.rules):
                 given = self._operands(point, place, flow)
                 if any(t is not None for t in given):
-                    out = rule.jvp(point.residuals[place], given)
+                    out = rule.jvp(self._linear(point, place), given)
                     index = rule.node.index
                     if out is None:
                         continue
@@ -234,16 +237,15 @@ class Program:
                 moving = any(t is not None for t in given)
                 if moving and cotangent is not None:
                     result = rule.second_order(
-                        point.residuals[place], cotangent, given, plan.wanted[place], plan.needs_tangent[place]
+                        self._linear(point, place), cotangent, given, plan.wanted[place], plan.needs_tangent[place]
                     )
                     out = result.tangent
-                    self._collect(grads, place, result.param_grads)
-                    self._collect_scales(grads, point, place, result.param_grads)
+                    self._collect(grads, place, self._unfolded(grads, point, place, result.param_grads))
                     for ref, term in zip(node.active, result.adjoint, strict=True):
                         if term is not None:
                             adjoints[ref] = _add(adjoints[ref], term, point.dtypes[ref], False)
                 elif moving and plan.needs_tangent[place]:
-                    out = rule.jvp(point.residuals[place], given)
+                    out = rule.jvp(self._linear(point, place), given)
                 else:
                     out = None
                 if out is not None:
@@ -295,32 +297,39 @@ class Program:
                         owned.add(ref)
                     adjoints[ref] = _add(adjoints[ref], term, point.dtypes[ref], rule.fresh)
 
-    def _collect_scales(
+    def _unfolded(
         self, grads: list[torch.Tensor | None], point: Point, place: int, found: Sequence[torch.Tensor | None]
-    ) -> None:
-        """BatchNorm scales' gradients from this layer's weight gradient."""
+    ) -> Sequence[torch.Tensor | None]:
+        """A layer's gradients without the scales folded into it, whose own gradients are added to `grads`."""
+        norms = point.plan.folding.get(place)
+        if norms is None:
+            return found
         layer = self.rules[place]
-        for norm in point.plan.identity_layers.get(place, ()):
-            if norm not in point.spared:
-                continue
-            assert isinstance(layer, BilinearRule) and layer.weight_place is not None
-            weight_grad = found[layer.weight_place]
-            assert weight_grad is not None
-            products = layer.channel_products(
-                point.residuals[place], weight_grad, self.planner.scale_sources[norm].reads
-            )
-            affine = point.residuals[norm].affine
-            grad = products * (affine.inverse_std / affine.scale)
-            leaf = point.plan.by_identity[norm]
-            held = grads[leaf]
-            grads[leaf] = grad if held is None else held + grad
+        assert isinstance(layer, BilinearRule) and layer.weight_place is not None
+        residual = point.residuals[place]
+        weight_grad = found[layer.weight_place]
+        assert weight_grad is not None
+        factors = [(layer.spread(residual, scale, reads), reads) for scale, reads in self._scales(point, place)]
+        products = residual.weight.to(torch.promote_types(residual.weight.dtype, torch.float32)) * weight_grad
+        for norm, (_, reads) in zip(norms, factors, strict=True):
+            others = [factor for factor, side in factors if side != reads]
+            weighted = products * others[0] if others else products
+            leaf = point.plan.folded[norm]
+            inverse_std = point.residuals[norm].affine.inverse_std
+            self._add_to(grads, leaf, layer.channel_sums(residual, weighted, reads) * inverse_std)
+        for factor, _ in factors:
+            weight_grad = weight_grad * factor
+        return [weight_grad if i == layer.weight_place else grad for i, grad in enumerate(found)]
+
+    @staticmethod
+    def _add_to(grads: list[torch.Tensor | None], leaf: int, grad: torch.Tensor) -> None:
+        held = grads[leaf]
+        grads[leaf] = grad if held is None else held + grad
 
     def _collect(self, grads: list[torch.Tensor | None], place: int, found: Sequence[torch.Tensor | None]) -> None:
         for ref, grad in zip(self.rules[place].node.weights, found, strict=True):
             if grad is not None:
-                leaf = self.planner.leaf_place[ref]
-                held = grads[leaf]
-                grads[leaf] = grad if held is None else held + grad
+                self._add_to(grads, self.planner.leaf_place[ref], grad)
 
 
 _AUTOCAST_DTYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -1,9 +1,12 @@
-"""BatchNorm's scale gradient out of a neighbour's weight gradient, so that its cotangent need not be kept.
+"""BatchNorm's scale applied by its neighbours, so that its cotangent need not be kept.
 
-With v = γ/σ · (...) the output of BatchNorm (and ReLU), ⟨δ_v, u_v⟩ over a channel is γ times the scale's gradient.
-Where every reader of v is a convolution or linear layer with weight W, ⟨δ_v, u_v⟩ = ⟨W, dW⟩ over the weights that
-read the channel; where BatchNorm alone reads the output of such a layer, it is ⟨W, dW⟩ over those that write it.
-dW is proportional to γ, so nothing is lost in the division unless γ underflows.
+BatchNorm (and ReLU) scales a channel by s = γ/σ. Where convolutions or linear layers alone read its output, or it alone
+reads the output of one, the linear passes leave s out at the BatchNorm and multiply those layers' weights by it: the
+same map. The layers' weight gradients then come out as dW̃ = dW/s, and give both
+
+    dW = s · dW̃        dγ = (1/σ) Σ W · dW̃ over the weights that read (or write) the channel
+
+without a division by γ, which may be zero.
 """
 
 from __future__ import annotations
@@ -11,15 +14,13 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
-import torch
-
 from emr_kernels.linearize.rules import Rule
 from emr_kernels.linearize.rules.convolution import BilinearRule
 from emr_kernels.linearize.rules.normalization import AffineReluRule, FunctionalBatchNormRule
 
 
 class ScaleSource(NamedTuple):
-    """Whose weight gradients give one BatchNorm's scale gradient.
+    """The layers that apply one BatchNorm's scale, and whose weight gradients give its gradient.
 
     Attributes:
         layers: places of the convolutions or linear layers.
@@ -65,8 +66,3 @@ def find_scale_sources(rules: Sequence[Rule], kept: Collection[int], dims: dict[
         elif before is not None and source not in kept and readers[source] == [place] and is_layer(before):
             sources[place] = ScaleSource((before,), False)
     return sources
-
-
-def smallest_scale(dtype: torch.dtype) -> float:
-    """Below this a product with γ/σ may underflow, and the cotangent is kept instead."""
-    return float(torch.finfo(dtype).tiny ** (1 / 3))

@@ -49,9 +49,20 @@ class BilinearRule(Rule):
         positions = self._positions()
         return positions.index(1) if 1 in positions else None
 
-    def channel_products(self, residual: Any, weight_grad: torch.Tensor, reads: bool) -> torch.Tensor:
-        """⟨W, dW⟩ over the weights that read each input channel (or write each output channel)."""
+    def spread(self, residual: Any, scale: torch.Tensor, reads: bool) -> torch.Tensor:
+        """One factor for each input channel (or output channel), in a shape that broadcasts over the weight."""
         raise NotImplementedError
+
+    def channel_sums(self, residual: Any, products: torch.Tensor, reads: bool) -> torch.Tensor:
+        """The sum over the weights that read each input channel (or write each output channel)."""
+        raise NotImplementedError
+
+    def scaled(self, residual: Any, scales: Sequence[tuple[torch.Tensor, bool]]) -> Any:
+        """The residual with its weight times the scales of the BatchNorms around the layer; see `scales`."""
+        weight = residual.weight
+        for scale, reads in scales:
+            weight = weight * self.spread(residual, scale, reads)
+        return residual._replace(weight=weight.to(residual.weight.dtype))
 
     def _positions(self) -> list[int]:
         """For each of `node.weights`, 1 for the weight and 2 for the bias."""
@@ -163,13 +174,20 @@ class ConvolutionRule(BilinearRule):
     def _bias_grad(self, cotangent: torch.Tensor) -> torch.Tensor:
         return cotangent.sum((0, *range(2, cotangent.dim())))
 
-    def channel_products(self, residual: _ConvResidual, weight_grad: torch.Tensor, reads: bool) -> torch.Tensor:
+    def spread(self, residual: _ConvResidual, scale: torch.Tensor, reads: bool) -> torch.Tensor:
         weight = residual.weight
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        products = weight.to(dtype) * weight_grad
+        _, _, _, transposed, _, groups = residual.options
+        kernel = [1] * (weight.dim() - 2)
+        if bool(transposed) == reads:
+            return scale.view(-1, 1, *kernel)
+        # The second extent counts the channels of one group.
+        rows = scale.view(groups, 1, weight.shape[1]).expand(-1, weight.shape[0] // groups, -1)
+        return scale.view(1, -1, *kernel) if groups == 1 else rows.reshape(*weight.shape[:2], *kernel)
+
+    def channel_sums(self, residual: _ConvResidual, products: torch.Tensor, reads: bool) -> torch.Tensor:
         _, _, _, transposed, _, groups = residual.options
         # [groups, first extent in a group, second extent in a group, kernel]
-        grouped = products.reshape(groups, weight.shape[0] // groups, weight.shape[1], -1)
+        grouped = products.reshape(groups, products.shape[0] // groups, products.shape[1], -1)
         first = bool(transposed) == reads
         return grouped.sum((2, 3) if first else (1, 3)).flatten()
 
@@ -202,9 +220,11 @@ class LinearRule(BilinearRule):
     def _bias_grad(self, cotangent: torch.Tensor) -> torch.Tensor:
         return cotangent.flatten(0, -2).sum(0)
 
-    def channel_products(self, residual: _LinearResidual, weight_grad: torch.Tensor, reads: bool) -> torch.Tensor:
-        dtype = torch.promote_types(residual.weight.dtype, torch.float32)
-        return (residual.weight.to(dtype) * weight_grad).sum(0 if reads else 1)
+    def spread(self, residual: _LinearResidual, scale: torch.Tensor, reads: bool) -> torch.Tensor:
+        return scale.view(1, -1) if reads else scale.view(-1, 1)
+
+    def channel_sums(self, residual: _LinearResidual, products: torch.Tensor, reads: bool) -> torch.Tensor:
+        return products.sum(0 if reads else 1)
 
 
 def _extents(value: Any, dims: int) -> list[int]:

@@ -15,9 +15,9 @@ aten = torch.ops.aten
 
 
 class Affine(NamedTuple):
-    """y = scale * a + shift with scale = γ/σ, shift = β − scale * mean; all [C]."""
+    """y = scale * a + shift with scale = γ/σ, shift = β − scale * mean; all [C]. No scale: a neighbour applies it."""
 
-    scale: torch.Tensor
+    scale: torch.Tensor | None
     shift: torch.Tensor
     mean: torch.Tensor
     inverse_std: torch.Tensor
@@ -114,6 +114,7 @@ class AffineReluRule(Rule):
         affine = self.call.affine(args)
         bits, memory_format = None, torch.contiguous_format
         if self.slope is None:
+            assert affine.scale is not None
             output = torch.addcmul(channelwise(affine.shift, input), input, channelwise(affine.scale, input))
         else:
             output, bits = ops.affine_relu(
@@ -127,13 +128,19 @@ class AffineReluRule(Rule):
         residual = _Residual(affine, bits, memory_format, input if primal else None)
         return output, residual
 
+    @staticmethod
+    def unscaled(residual: _Residual) -> _Residual:
+        """The linear map without its scale, for a scale that the neighbouring layers apply; see `scales`."""
+        return residual._replace(affine=residual.affine._replace(scale=None))
+
     def _scaled(self, residual: _Residual, vector: torch.Tensor, overwrite: bool) -> torch.Tensor:
+        scale = residual.affine.scale
         if residual.bits is None:
-            return vector * channelwise(residual.affine.scale, vector)
+            return vector if scale is None else vector * channelwise(scale, vector)
         return ops.affine_relu_vjp(
             vector,
             residual.bits,
-            residual.affine.scale,
+            scale,
             negative_slope=self.slope or 0.0,
             memory_format=residual.memory_format,
             out=reusable(vector, residual.memory_format, overwrite),
@@ -197,6 +204,7 @@ class AffineReluRule(Rule):
         affine, grads = residual.affine, self._sums(residual, cotangent, wanted)
         if not needs_input:
             return grads, (None,)
+        assert affine.scale is not None
         scale = channelwise(affine.scale, cotangent)
         return grads, (cotangent.mul_(scale) if free else cotangent * scale,)
 
