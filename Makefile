@@ -4,11 +4,11 @@ TORCH ?= torch==2.13.0
 
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := $(shell find csrc -type f) emr_kernels/_build.py
+SOURCES := $(shell find csrc -type f) emr_kernels/_build.py emr_kernels/_nvcc.py
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DELETE_ON_ERROR:
-.PHONY: demo test lint format typecheck triton-check clean
+.PHONY: demo test lint format typecheck triton-check cuda-check clean
 
 # The demo's nets are so small that a second thread costs more than it gives.
 demo: export OMP_NUM_THREADS ?= 1
@@ -17,6 +17,10 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest
+
+# Needs nvcc, but neither a GPU nor a CUDA build of torch; says so where it skips.
+cuda-check: $(VENV)/installed
+	$(BIN)/python tests/cuda_check.py
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -44,6 +48,6 @@ $(VENV)/installed: $(VENV)/torch pyproject.toml setup.py $(SOURCES)
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info python/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	rm -f emr_kernels/*.so
+	rm -rf $(VENV) build dist *.egg-info python/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .cache
+	rm -f emr_kernels/*.so emr_kernels/emr_cuda.json
 	find emr_kernels python tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <sstream>
 #include <string>
 #include <vector>
 
@@ -19,6 +20,15 @@ std::string compiler() {
 #endif
 }
 
+std::vector<std::string> split(const std::string& list) {
+  std::vector<std::string> names;
+  std::istringstream in(list);
+  for (std::string name; std::getline(in, name, ';');) {
+    names.push_back(name);
+  }
+  return names;
+}
+
 pybind11::dict facts() {
   pybind11::dict d;
   d["version"] = EMR_VERSION;
@@ -26,7 +36,7 @@ pybind11::dict facts() {
   d["compiler"] = compiler();
   d["instruction_sets"] = std::vector<std::string>(emr::kIsaNames, emr::kIsaNames + emr::kIsaCount);
   d["instruction_set"] = emr::kIsaNames[static_cast<int>(emr::chosen_isa())];
-  d["cuda"] = false;
+  d["cuda_architectures"] = split(EMR_CUDA_ARCHITECTURES);
   return d;
 }
 
@@ -34,5 +44,5 @@ pybind11::dict facts() {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Facts about how the compiled operators were built.";
-  m.def("facts", &facts, "Versions, compiler, instruction sets compiled in and chosen, whether there is CUDA code.");
+  m.def("facts", &facts, "Versions, compiler, instruction sets compiled in and chosen, architectures of the CUDA kernels.");
 }

@@ -18,10 +18,10 @@ from types import ModuleType
 
 import torch
 
-from emr_kernels import _build
+from emr_kernels import _build, _nvcc
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
-_LOCK_TIMEOUT = 600.0
+_LOCK_TIMEOUT = 1800.0
 
 #: The backend that EMR_BACKEND forces, None for the best one available.
 forced: str | None = os.environ.get("EMR_BACKEND") or None
@@ -34,8 +34,10 @@ pending = False
 library: Path | None = None
 #: Why there is no library; None with one.
 reason: str | None = None
+#: The loaded library of CUDA kernels, None without one.
+cuda_library: Path | None = None
 #: Why there are no CUDA kernels; None with them.
-cuda_reason: str | None = "not built"
+cuda_reason: str | None = None
 
 
 def package_version() -> str:
@@ -47,13 +49,30 @@ def package_version() -> str:
 
 
 def _load(path: Path) -> None:
-    global library, reason
+    global library, reason, cuda_reason
     try:
         torch.ops.load_library(str(path))
     except (OSError, RuntimeError) as error:
-        reason = f"{path} does not load beside torch {torch.__version__}: {error}"
+        reason = cuda_reason = f"{path} does not load beside torch {torch.__version__}: {error}"
     else:
         library, reason = path, None
+        _load_cuda(path.with_name(_build.CUDA_LIBRARY))
+
+
+def _load_cuda(path: Path) -> None:
+    """Load the CUDA kernels where torch has CUDA: elsewhere their library lacks what it is linked against."""
+    global cuda_library, cuda_reason
+    if torch.version.cuda is None:
+        cuda_reason = f"torch {torch.__version__} is a build without CUDA"
+    elif not path.exists():
+        cuda_reason = f"not built: {_build.read_report(path.parent).get('reason') or 'no report of the build'}"
+    else:
+        try:
+            torch.ops.load_library(str(path))
+        except (OSError, RuntimeError) as error:
+            cuda_reason = f"{path} does not load beside torch {torch.__version__}: {error}"
+        else:
+            cuda_library, cuda_reason = path, None
 
 
 def _cache_folder(tools: _build.Toolchain) -> Path:
@@ -62,7 +81,8 @@ def _cache_folder(tools: _build.Toolchain) -> Path:
     sources = _build.source_folder()
     for file in sorted(f for f in sources.rglob("*") if f.is_file()):
         digest.update(str(file.relative_to(sources)).encode() + file.read_bytes())
-    digest.update(Path(_build.__file__).read_bytes())
+    for module in (_build.__file__, _nvcc.__file__):
+        digest.update(Path(str(module)).read_bytes())
     return Path(root).expanduser() / digest.hexdigest()[:16]
 
 
@@ -87,9 +107,9 @@ def build_on_first_use() -> None:
     """Build the extension into the user's cache folder, or take it from there, and load it.
 
     Raises:
-        RuntimeError: if EMR_BACKEND forces the CPU kernels and they cannot be had.
+        RuntimeError: if EMR_BACKEND forces the CPU kernels, or EMR_CUDA the CUDA kernels, and nothing can be built.
     """
-    global pending, reason
+    global pending, reason, cuda_reason
     pending = False
     try:
         tools = _build.find_toolchain((Path(torch.__file__).parent, torch.__version__))
@@ -98,18 +118,21 @@ def build_on_first_use() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(folder / "lock"):
             if not (folder / "complete").exists():
-                print(f"emr_kernels: compiling the CPU kernels into {folder} (once)", file=sys.stderr, flush=True)
-                _build.build(tools, folder / "objects", folder, package_version())
+                what = "CPU kernels" if tools.nvcc is None else "CPU and CUDA kernels"
+                print(f"emr_kernels: compiling the {what} into {folder} (once)", file=sys.stderr, flush=True)
+                done = _build.build(tools, folder / "objects", folder, package_version())
+                if tools.nvcc is not None and done.nvcc is None:
+                    print(f"emr_kernels: no CUDA kernels: {done.no_cuda}", file=sys.stderr, flush=True)
                 (folder / "complete").touch()
         _load(path)
     except (_build.BuildError, OSError) as error:
-        reason = f"not built on first use: {error}"
+        reason = cuda_reason = f"not built on first use: {error}"
         print(f"emr_kernels: {reason}; the plain PyTorch operators serve", file=sys.stderr, flush=True)
     require_forced()
 
 
 def prepare() -> None:
-    """Have the CPU kernels ready before an operator is called on the CPU."""
+    """Have the compiled kernels ready before an operator is called."""
     if library is None:
         if pending:
             build_on_first_use()
@@ -118,9 +141,13 @@ def prepare() -> None:
 
 
 def require_forced() -> None:
-    """Raise if EMR_BACKEND forces the CPU kernels and they cannot be had."""
-    if forced == "cpu" and library is None and not pending:
+    """Raise if the environment demands kernels that cannot be had."""
+    if pending:
+        return
+    if forced == "cpu" and library is None:
         raise RuntimeError(f"EMR_BACKEND is 'cpu', but the compiled operators are missing: {reason}")
+    if os.environ.get("EMR_CUDA") == "1" and library is None and forced != "reference":
+        raise RuntimeError(f"EMR_CUDA is 1, but the compiled operators are missing: {reason}")
 
 
 def facts_module() -> ModuleType | None:
@@ -140,17 +167,17 @@ def facts_module() -> ModuleType | None:
 
 
 def _start() -> None:
-    global pending, reason
+    global pending, reason, cuda_reason
     ahead = Path(__file__).resolve().parent / _build.OPS_LIBRARY
     if forced == "reference":
-        reason = "EMR_BACKEND is 'reference'"
+        reason = cuda_reason = "EMR_BACKEND is 'reference'"
     elif ahead.exists():
         _load(ahead)
     elif os.environ.get("EMR_BUILD") == "0":
-        reason = "not built ahead, and EMR_BUILD is 0"
+        reason = cuda_reason = "not built ahead, and EMR_BUILD is 0"
     else:
         pending = True
-        reason = "not built ahead; the first call of an operator on the CPU builds it"
+        reason = cuda_reason = "not built ahead; the first call of an operator builds it"
 
 
 _start()

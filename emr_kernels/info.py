@@ -36,7 +36,7 @@ class Info:
         library: path of the compiled operators, None without them.
         reason: why there are none, None with them.
         build: facts of the build: version, torch, compiler, instruction_sets compiled in, the instruction_set
-            this processor gets, cuda. Empty without compiled operators.
+            this processor gets, cuda_architectures. Empty without compiled operators.
         operators: one entry for each operator and type of device.
     """
 
@@ -69,7 +69,7 @@ class Info:
             rows += [
                 ("built by", f"{build['compiler']} for torch {build['torch']}"),
                 ("instructions", f"{build['instruction_set']} (of {sets})"),
-                ("CUDA kernels", "built" if build["cuda"] else "not built"),
+                ("CUDA built for", ", ".join(build["cuda_architectures"]) or "nothing"),
             ]
         width = max(len(name) for name, _ in rows)
         lines = [f"{name:<{width}}  {value}" for name, value in rows]

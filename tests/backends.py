@@ -38,7 +38,7 @@ class Backend:
         """The implementation of one operator, with the operator's arguments; skips the test where there is none."""
         if dtype == torch.float64 and self.name in ("triton", "cuda"):
             pytest.skip("float64 is for the reference and the CPU")
-        if self.name == "cpu":
+        if self.name in ("cpu", "cuda"):
             _extension.prepare()
         try:
             return _dispatch.operators[name].kernel(self.name)

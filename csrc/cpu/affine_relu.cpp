@@ -117,10 +117,6 @@ void backward_sums(
   std::copy(result.begin(), result.end(), static_cast<A*>(dscale.mutable_data_ptr()));
 }
 
-Tensor new_bits(const Tensor& like) {
-  return torch::stable::new_empty(like, {(like.numel() + 7) / 8}, ScalarType::Byte);
-}
-
 Tensor new_sums(const Tensor& like) {
   const bool wide = like.scalar_type() == ScalarType::Double;
   return torch::stable::new_empty(like, {like.size(1)}, wide ? ScalarType::Double : ScalarType::Float);

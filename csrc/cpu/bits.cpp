@@ -10,7 +10,7 @@ Tensor pack_bits(const Tensor& mask) {
   STD_TORCH_CHECK(mask.scalar_type() == ScalarType::Bool, "expected a bool tensor");
   channels_last_order(mask);
   const int64_t numel = mask.numel();
-  Tensor bits = torch::stable::new_empty(mask, {(numel + 7) / 8}, ScalarType::Byte);
+  Tensor bits = new_bits(mask);
   const auto* source = static_cast<const uint8_t*>(mask.const_data_ptr());
   auto* target = static_cast<uint8_t*>(bits.mutable_data_ptr());
   over_blocks(numel, [=](int64_t begin, int64_t end) {

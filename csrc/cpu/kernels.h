@@ -3,16 +3,10 @@
 
 #include <cstdint>
 
+#include "../formulas.h"
 #include "isa.h"
 
 namespace emr {
-
-struct bf16 {
-  uint16_t bits;
-};
-struct fp16 {
-  uint16_t bits;
-};
 
 // float32 arithmetic for everything but float64.
 template <class T>

@@ -1,8 +1,6 @@
 // The kernels compiled for what every processor of the architecture has (SSE2 on x86-64).
 #include "kernels.h"
 
-#include <torch/headeronly/util/Half.h>
-
 #if EMR_X86
 #include <immintrin.h>
 #endif

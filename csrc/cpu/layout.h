@@ -6,12 +6,10 @@
 #include <numeric>
 #include <vector>
 
-#include "../ops.h"
+#include "../layout.h"
 #include "kernels.h"
 
 namespace emr::cpu {
-
-using torch::headeronly::ScalarType;
 
 inline Dtype dtype_of(const Tensor& t) {
   switch (t.scalar_type()) {
@@ -26,49 +24,6 @@ inline Dtype dtype_of(const Tensor& t) {
     default:
       STD_TORCH_CHECK(false, "expected float32, float64, bfloat16 or float16");
   }
-}
-
-// Whether the channels lie innermost: strides of a dense [N, ..., C] seen as [N, C, ...].
-inline bool is_channels_last(const Tensor& t) {
-  const auto sizes = t.sizes();
-  const auto strides = t.strides();
-  const int64_t dims = t.dim();
-  if (dims < 3) {
-    return false;
-  }
-  int64_t expected = 1;
-  const auto fits = [&](int64_t d) {
-    const bool ok = sizes[d] == 1 || strides[d] == expected;
-    expected *= sizes[d];
-    return ok;
-  };
-  bool ok = fits(1);
-  for (int64_t d = dims - 1; d >= 2; --d) {
-    ok = fits(d) && ok;
-  }
-  return fits(0) && ok;
-}
-
-// The raw operators trust nobody with pointers: every tensor must be dense in one order.
-inline bool channels_last_order(const Tensor& t) {
-  if (t.is_contiguous()) {
-    return false;
-  }
-  STD_TORCH_CHECK(is_channels_last(t), "expected a tensor dense in row-major or channels-last order");
-  return true;
-}
-
-inline void check_same(const Tensor& t, const Tensor& like, bool channels_last) {
-  STD_TORCH_CHECK(
-      t.numel() == like.numel() && t.dim() == like.dim() && t.scalar_type() == like.scalar_type() &&
-          (channels_last ? is_channels_last(t) : t.is_contiguous()),
-      "expected tensors of one shape, dtype and memory order");
-}
-
-inline void check_bits(const Tensor& bits, const Tensor& like) {
-  STD_TORCH_CHECK(
-      bits.scalar_type() == ScalarType::Byte && bits.is_contiguous() && bits.numel() == (like.numel() + 7) / 8,
-      "expected one contiguous bit for each element");
 }
 
 // For a tensor that is not empty. `per_channel`: whether any coefficient or sum depends on the channel.

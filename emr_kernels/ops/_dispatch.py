@@ -73,6 +73,8 @@ class Operator:
         key = (on.dtype, on.numel().bit_length())
         chosen = self._chosen.get(key)
         if chosen is None:
+            if _extension.forced in (None, "cuda"):
+                _extension.prepare()
             chosen = self._chosen[key] = self.kernel(self.serving("cuda", *key)[0])
         return chosen
 
@@ -81,6 +83,8 @@ class Operator:
         forced = _extension.forced
         if device == "cpu":
             order: tuple[str, ...] = ("triton" if forced == "triton" else "cpu",)
+        elif device == "cuda" and forced == "cpu":
+            return "reference", "EMR_BACKEND is 'cpu'"
         elif device == "cuda" and dtype != torch.float64:
             order = _winners.order(self.name, size_bits) if forced is None else (forced,)
         else:
