@@ -51,7 +51,7 @@ class Program:
     def __init__(self, graph: Graph, taps: Sequence[int]) -> None:
         self.graph = graph
         self.taps = tuple(taps)
-        self.rules: list[Rule] = fuse(graph.body, {*taps, graph.output})
+        self.rules: list[Rule] = fuse(graph, {*taps, graph.output})
         self.is_active = [bool(rule.node.active or rule.node.weights) for rule in self.rules]
         self.planner = Planner(graph, self.rules, self.taps)
         self._paths = [(binding, binding.name.split(".")) for binding in graph.bindings]

@@ -17,6 +17,7 @@ from typing import NamedTuple
 from emr_kernels.linearize.rules import Rule
 from emr_kernels.linearize.rules.convolution import BilinearRule
 from emr_kernels.linearize.rules.normalization import AffineReluRule, FunctionalBatchNormRule
+from emr_kernels.linearize.rules.residual import AffineAddReluRule
 
 
 class ScaleSource(NamedTuple):
@@ -58,10 +59,11 @@ def find_scale_sources(rules: Sequence[Rule], kept: Collection[int], dims: dict[
     for place, rule in enumerate(rules):
         if not isinstance(rule, AffineReluRule) or isinstance(rule, FunctionalBatchNormRule):
             continue
-        output, (source,) = rule.node.index, rule.node.active
+        output, source = rule.node.index, rule.node.active[0]
         after = readers.get(output, [])
         before = makers.get(source)
-        if output not in kept and after and all(is_layer(p) and rules[p].node.active == (output,) for p in after):
+        reads = not isinstance(rule, AffineAddReluRule) and output not in kept and bool(after)
+        if reads and all(is_layer(p) and rules[p].node.active == (output,) for p in after):
             sources[place] = ScaleSource(tuple(after), True)
         elif before is not None and source not in kept and readers[source] == [place] and is_layer(before):
             sources[place] = ScaleSource((before,), False)

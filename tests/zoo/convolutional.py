@@ -168,6 +168,29 @@ def post_activation_resnet() -> nn.Module:
     )
 
 
+class AddedNorms(nn.Module):
+    """Additions around BatchNorm that end in an activation, with the shortcut on either side and read again."""
+
+    def __init__(self, slope: float = 0.0, frozen: str = "") -> None:
+        super().__init__()
+        self.slope = slope
+        self.stem = nn.Conv2d(3, 4, 3, padding=1)
+        self.convs = nn.ModuleList(nn.Conv2d(4, 4, 3, padding=1, bias=False) for _ in range(3))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(4) for _ in range(3))
+        self.fc = nn.Linear(4, CLASSES)
+        for name, parameter in self.named_parameters():
+            if frozen and name.startswith(frozen):
+                parameter.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        first = F.leaky_relu(self.norms[0](self.convs[0](x)) + x, self.slope)
+        second = F.leaky_relu(first + self.norms[1](self.convs[1](first)), self.slope)
+        # BatchNorm of a value that others read, added to itself.
+        third = F.leaky_relu(self.norms[2](second) + self.convs[2](second) + first, self.slope)
+        return self.fc((third + second).mean((2, 3)))
+
+
 class DenseNet(nn.Module):
     """Every layer reads the concatenation of all before it; a transition halves channels and resolution."""
 
@@ -261,6 +284,10 @@ ENTRIES = [
         piecewise_linear=True,
         layers=("blocks.1", "fc"),
     ),
+    Entry("added_norms", AddedNorms, (3, 6, 6), piecewise_linear=True, layers=("convs.1", "fc")),
+    Entry("added_norms_leaky", lambda: AddedNorms(0.1), (3, 6, 6), piecewise_linear=True),
+    Entry("added_norms_frozen_norms", lambda: AddedNorms(0.1, "norms"), (3, 6, 6), piecewise_linear=True),
+    Entry("added_norms_frozen_convs", lambda: AddedNorms(0.0, "convs"), (3, 6, 6), piecewise_linear=True),
     Entry("resnet_post_activation", post_activation_resnet, (3, 8, 8), piecewise_linear=True, layers=("4", "8")),
     Entry("densenet", DenseNet, (3, 6, 6), piecewise_linear=True, layers=("norms.1", "transition", "fc")),
     Entry("squeeze_excite", SqueezeExcite, (3, 6, 6), layers=("down", "fc")),

@@ -9,6 +9,7 @@ from emr_kernels.linearize.rules import (
     linear_maps,
     normalization,
     pooling,
+    residual,
 )
 from emr_kernels.linearize.rules.base import Rule, lookup
 from emr_kernels.linearize.rules.generic import GenericRule
@@ -24,6 +25,7 @@ __all__ = [
     "lookup",
     "normalization",
     "pooling",
+    "residual",
     "rule_for_node",
 ]
 

@@ -76,7 +76,9 @@ def channel_sum(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.sum((0, *range(2, tensor.dim())), dtype=dtype)
 
 
-class _Residual(NamedTuple):
+class Residual(NamedTuple):
+    """What BatchNorm's rules keep: no bits without a ReLU, an input only where its own gradient will be asked for."""
+
     affine: Affine
     bits: torch.Tensor | None
     memory_format: torch.memory_format
@@ -92,9 +94,9 @@ class AffineReluRule(Rule):
     bilinear = True
     fresh = True
 
-    def __init__(self, node: Node, slope: float | None = None) -> None:
+    def __init__(self, node: Node, slope: float | None = None, call: BatchNormCall | None = None) -> None:
         super().__init__(node)
-        call = BatchNormCall.of(node)
+        call = call or BatchNormCall.of(node)
         assert call is not None
         self.call = call
         self.slope = slope
@@ -125,15 +127,15 @@ class AffineReluRule(Rule):
                 out=reusable(input, ops.dense_format(input), self.free[0] and not primal),
             )
             memory_format = ops.dense_format(output)
-        residual = _Residual(affine, bits, memory_format, input if primal else None)
+        residual = Residual(affine, bits, memory_format, input if primal else None)
         return output, residual
 
     @staticmethod
-    def unscaled(residual: _Residual) -> _Residual:
+    def unscaled(residual: Residual) -> Residual:
         """The linear map without its scale, for a scale that the neighbouring layers apply; see `scales`."""
         return residual._replace(affine=residual.affine._replace(scale=None))
 
-    def _scaled(self, residual: _Residual, vector: torch.Tensor, overwrite: bool) -> torch.Tensor:
+    def _scaled(self, residual: Residual, vector: torch.Tensor, overwrite: bool) -> torch.Tensor:
         scale = residual.affine.scale
         if residual.bits is None:
             return vector if scale is None else vector * channelwise(scale, vector)
@@ -146,13 +148,13 @@ class AffineReluRule(Rule):
             out=reusable(vector, residual.memory_format, overwrite),
         )
 
-    def vjp(self, residual: _Residual, cotangent: Any) -> Tensors:
+    def vjp(self, residual: Residual, cotangent: Any) -> Tensors:
         return (self._scaled(residual, cotangent, False),)
 
-    def vjp_into(self, residual: _Residual, cotangent: Any) -> Tensors:
+    def vjp_into(self, residual: Residual, cotangent: Any) -> Tensors:
         return (self._scaled(residual, cotangent, True),)
 
-    def jvp(self, residual: _Residual, tangents: Tensors) -> Any:
+    def jvp(self, residual: Residual, tangents: Tensors) -> Any:
         assert tangents[0] is not None
         return self._scaled(residual, tangents[0], self.free[0])
 
@@ -208,7 +210,7 @@ class AffineReluRule(Rule):
         scale = channelwise(affine.scale, cotangent)
         return grads, (cotangent.mul_(scale) if free else cotangent * scale,)
 
-    def _sums(self, residual: _Residual, cotangent: torch.Tensor, wanted: Sequence[bool]) -> Tensors:
+    def _sums(self, residual: Residual, cotangent: torch.Tensor, wanted: Sequence[bool]) -> Tensors:
         """dγ = Σ δ (a − mean)/σ and dβ = Σ δ for the cotangent δ of the affine map."""
         wants = {place for place, want in zip(self._places(), wanted, strict=True) if want}
         if self.call.weight not in wants:
@@ -255,13 +257,13 @@ class FunctionalBatchNormRule(AffineReluRule):
         output, residual = super().forward(args, primal)
         return (output, None, None), residual
 
-    def vjp(self, residual: _Residual, cotangent: Any) -> Tensors:
+    def vjp(self, residual: Residual, cotangent: Any) -> Tensors:
         return super().vjp(residual, cotangent[0])
 
-    def vjp_into(self, residual: _Residual, cotangent: Any) -> Tensors:
+    def vjp_into(self, residual: Residual, cotangent: Any) -> Tensors:
         return super().vjp(residual, cotangent[0])
 
-    def jvp(self, residual: _Residual, tangents: Tensors) -> Any:
+    def jvp(self, residual: Residual, tangents: Tensors) -> Any:
         return super().jvp(residual, tangents), None, None
 
     def second_order(
