@@ -1,5 +1,6 @@
 // The kernels compiled for AVX2 and F16C.
 #include "kernels.h"
+#include "steps.h"
 
 #if EMR_X86
 #include <immintrin.h>
@@ -20,10 +21,13 @@ namespace avx2 {
 #include "vectors.inc"
 
 #include "affine_relu.inc"
+#include "steps.inc"
 
 }  // namespace avx2
 
 const Kernels& kernels_avx2(Dtype dtype) { return avx2::table(dtype); }
+SquareSum square_sum_avx2(Dtype dtype) { return avx2::square_sum_of(dtype); }
+const StepKernels& step_kernels_avx2(Dtype x, Dtype gradient) { return avx2::step_kernels_of(x, gradient); }
 
 }  // namespace emr
 

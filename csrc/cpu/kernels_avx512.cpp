@@ -1,5 +1,6 @@
 // The kernels compiled for AVX-512 F, BW, DQ and VL.
 #include "kernels.h"
+#include "steps.h"
 
 #if EMR_X86
 #include <immintrin.h>
@@ -20,10 +21,13 @@ namespace avx512 {
 #include "vectors.inc"
 
 #include "affine_relu.inc"
+#include "steps.inc"
 
 }  // namespace avx512
 
 const Kernels& kernels_avx512(Dtype dtype) { return avx512::table(dtype); }
+SquareSum square_sum_avx512(Dtype dtype) { return avx512::square_sum_of(dtype); }
+const StepKernels& step_kernels_avx512(Dtype x, Dtype gradient) { return avx512::step_kernels_of(x, gradient); }
 
 }  // namespace emr
 

@@ -1,5 +1,6 @@
 // The kernels compiled for what every processor of the architecture has (SSE2 on x86-64).
 #include "kernels.h"
+#include "steps.h"
 
 #if EMR_X86
 #include <immintrin.h>
@@ -22,9 +23,12 @@ __attribute__((noinline)) static uint16_t float_to_half(float value) {
 #include "vectors.inc"
 
 #include "affine_relu.inc"
+#include "steps.inc"
 
 }  // namespace baseline
 
 const Kernels& kernels_baseline(Dtype dtype) { return baseline::table(dtype); }
+SquareSum square_sum_baseline(Dtype dtype) { return baseline::square_sum_of(dtype); }
+const StepKernels& step_kernels_baseline(Dtype x, Dtype gradient) { return baseline::step_kernels_of(x, gradient); }
 
 }  // namespace emr

@@ -25,6 +25,20 @@ def to_format(tensor: torch.Tensor, memory_format: torch.memory_format) -> torch
     return tensor.contiguous(memory_format=memory_format)
 
 
+def dense_samples(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself where each sample's elements fill one stretch of memory, in any order, else a copy that does.
+
+    The stretches of a batch may lie anywhere: a slice or an expansion along the batch stays as it is.
+    """
+    expected = 1
+    inner = zip(tensor.stride()[1:], tensor.shape[1:], strict=True)
+    for stride, size in sorted(pair for pair in inner if pair[1] != 1):
+        if stride != expected:
+            return tensor.contiguous()
+        expected *= size
+    return tensor
+
+
 def flatten_dense(tensor: torch.Tensor) -> torch.Tensor:
     """A dense tensor's elements as a 1-d view, in memory order."""
     if tensor.is_contiguous():
