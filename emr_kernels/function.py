@@ -10,6 +10,7 @@ import torch
 
 from emr_kernels.directions import seeds
 from emr_kernels.linearize.program import Point, Program
+from emr_kernels.ops import sq_norms
 from emr_kernels.options import PenaltyOptions
 
 if TYPE_CHECKING:
@@ -50,13 +51,12 @@ def square_norms(weights: Sequence[torch.Tensor | None], like: torch.Tensor) -> 
     """Per-sample ‖·‖² of each tensor: `[layers, N]`, in float32 (float64 for float64)."""
     dtype = torch.promote_types(like.dtype, torch.float32)
     batch = like.shape[0]
-    rows = [
-        torch.zeros(batch, dtype=dtype, device=like.device)
-        if weight is None
-        else torch.linalg.vector_norm(weight.reshape(batch, -1), dim=1, dtype=dtype).square()
-        for weight in weights
-    ]
-    return torch.stack(rows)
+    present = [w if w.shape[0] == batch else w.reshape(batch, -1) for w in weights if w is not None]
+    found = sq_norms(present).to(dtype) if present else like.new_empty((0, batch), dtype=dtype)
+    if len(present) == len(weights):
+        return found
+    rows = iter(found.unbind())
+    return torch.stack([like.new_zeros(batch, dtype=dtype) if w is None else next(rows) for w in weights])
 
 
 def evaluate(request: Request, x: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from emr_kernels.ops import pgd_step
 from emr_training.attacks.base import Model, check_in_ball, objective, objective_seed
 from emr_training.errors import check_count, check_images, check_logits, check_number, nearest
 from emr_training.guard import left_as_found
@@ -71,16 +72,20 @@ class PGD:
         if not self.random_start:
             return x
         noise = torch.rand(x.shape, dtype=x.dtype, device=x.device, generator=generator)
-        return (x + self.epsilon * (2 * noise - 1)).clamp(0, 1)
+        start = (x + self.epsilon * (2 * noise - 1)).clamp(x - self.epsilon, x + self.epsilon)
+        return start.clamp(0, 1)
+
+    def _stepped(self, point: Tensor, x: Tensor, gradient: Tensor) -> Tensor:
+        # A NaN in the gradient moves nothing, rather than spoil the point.
+        return pgd_step(point, x, gradient.nan_to_num(0.0), self.step, self.epsilon)
 
     def _last(self, model: Model, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
-        low, high = (x - self.epsilon).clamp(0, 1), (x + self.epsilon).clamp(0, 1)
         best, best_value = x, None
         for restart in range(self.restarts):
-            point = self._start(x, generator).clamp(low, high)
+            point = self._start(x, generator)
             for step in range(self.steps):
                 _, gradient = ascent(model, point, y, check=restart == step == 0)
-                point = torch.clamp(point + self.step * gradient.sign(), low, high)
+                point = self._stepped(point, x, gradient)
             if self.restarts == 1:
                 return point
             with torch.no_grad():
@@ -105,8 +110,7 @@ class PGD:
             start = self._start(x, generator)
             if active.numel() == 0:
                 break
-            low, high = (x[active] - self.epsilon).clamp(0, 1), (x[active] + self.epsilon).clamp(0, 1)
-            point, label = start[active].clamp(low, high), y[active]
+            point, origin, label = start[active], x[active], y[active]
             for step in range(self.steps + 1):
                 logits, gradient = ascent(model, point, label)
                 correct, value = logits.argmax(1) == label, objective(logits, label)
@@ -115,11 +119,11 @@ class PGD:
                 best_value[active[update]] = value[update]
                 if not bool(correct.all()):
                     active, point, label = active[correct], point[correct], label[correct]
-                    low, high, gradient = low[correct], high[correct], gradient[correct]
+                    origin, gradient = origin[correct], gradient[correct]
                     if active.numel() == 0:
                         break
                 if step < self.steps:
-                    point = torch.clamp(point + self.step * gradient.sign(), low, high)
+                    point = self._stepped(point, origin, gradient)
         return best
 
 
