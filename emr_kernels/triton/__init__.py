@@ -10,8 +10,15 @@ from collections.abc import Callable
 from typing import Any
 
 from emr_kernels.triton.bits import pack_bits
+from emr_kernels.triton.pgd_start import pgd_start
+from emr_kernels.triton.pgd_step import pgd_step, pgd_step_out
+from emr_kernels.triton.sq_norms import sq_norms
 
 #: The launcher of each operator that has one, by the operator's name.
 launchers: dict[str, Callable[..., Any]] = {
     "pack_bits": pack_bits,
+    "pgd_start": pgd_start,
+    "pgd_step": pgd_step,
+    "pgd_step_out": pgd_step_out,
+    "sq_norms": sq_norms,
 }

@@ -15,8 +15,8 @@ from backends import BACKENDS, DTYPES, Backend
 from emr_kernels import _extension, ops
 from emr_kernels.ops.pgd_step import NORMS, pgd_step_reference
 
-# Whole vectors and none, odd sizes, single elements, more than one block of the CPU's, nothing.
-SHAPES = [(3, 2, 4, 8), (2, 3, 5, 7), (4, 1), (5,), (1, 17011), (0, 3, 4), (2, 0, 3)]
+# Whole vectors and none, odd sizes, single elements, nothing.
+SHAPES = [(3, 2, 4, 8), (2, 3, 5, 7), (4, 1), (5,), (0, 3, 4), (2, 0, 3)]
 EPSILON = {"linf": 0.1, "l2": 0.4, "l1": 1.5}
 STEP = {"linf": 0.07, "l2": 0.3, "l1": 1.0}
 
@@ -64,7 +64,9 @@ def close(actual: torch.Tensor, expected: torch.Tensor, norm: str, interpreted: 
 @pytest.mark.parametrize("backend", BACKENDS, ids=str)
 def test_match_reference(backend: Backend, norm: str, dtype: torch.dtype) -> None:
     kernel = backend.kernel("pgd_step", dtype)
-    for shape in SHAPES:
+    # More than one block of the CPU's, more than one tile of Triton's.
+    large = (1, 2500 if backend.interpreted else 17011)
+    for shape in (*SHAPES, large):
         tensors = problem(shape, dtype, backend.device)
         for memory_format in (torch.contiguous_format, *([torch.channels_last] if len(shape) == 4 else [])):
             args = arguments(*(t.contiguous(memory_format=memory_format) for t in tensors), norm)
@@ -124,12 +126,13 @@ def inside(result: torch.Tensor, origin: torch.Tensor, norm: str, epsilon: float
 @pytest.mark.parametrize("backend", BACKENDS, ids=str)
 def test_stays_in_ball_and_box(backend: Backend, norm: str, dtype: torch.dtype) -> None:
     kernel = backend.kernel("pgd_step", dtype)
-    origin = torch.rand(2, 1000, device=backend.device).to(dtype)
+    batch = 1 if backend.interpreted else 8
+    origin = torch.rand(batch, 1000, device=backend.device).to(dtype)
     origin[:, :50], origin[:, 50:100] = 0, 1
-    for epsilon in (0.0, 8 / 255, 1 / 3, 3.0, 200.0):
+    for epsilon in (0.0, 8 / 255, 1 / 3, 20.0):
         x = origin
-        for _ in range(3):
-            gradient = torch.randn(2, 1000, device=backend.device).to(dtype)
+        for _ in range(2):
+            gradient = torch.randn(batch, 1000, device=backend.device).to(dtype)
             x = kernel(*arguments(x, origin, gradient, norm, epsilon=epsilon, step_size=epsilon, count=700))
             inside(x, origin, norm, epsilon)
         if epsilon == 0:
