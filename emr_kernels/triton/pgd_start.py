@@ -118,9 +118,8 @@ def pgd_start(
     if norm == "linf":
         common.launch(linf_start_kernel, common.cdiv(numel, _BLOCK), origin, *arguments, numel, BLOCK=_BLOCK)
     else:
-        batch = origin.shape[0]
-        options = {"GAUSSIAN": norm == "l2", "BLOCK": _BLOCK}
-        common.launch(ball_start_kernel, batch, origin, *arguments, numel // batch, **options)
+        size, gaussian = numel // origin.shape[0], norm == "l2"
+        common.launch(ball_start_kernel, origin.shape[0], origin, *arguments, size, GAUSSIAN=gaussian, BLOCK=_BLOCK)
     return out
 
 
