@@ -7,10 +7,13 @@ from collections import Counter
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import zoo
-from emr_kernels import linearize
+from emr_kernels import EffectiveWeightPenalty, linearize
 from emr_kernels.linearize.cache import find_program
+
+COPIES = (torch.ops.aten.clone.default, torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
 
 
 def rules_of(entry_id: str, layers: tuple[str, ...] = ("input",)) -> Counter[str]:
@@ -42,3 +45,29 @@ def test_a_tapped_value_stays_one_of_its_own() -> None:
     linearize(model, x)
     names = [type(rule).__name__ for rule in find_program(model, x, ("2",)).rules]
     assert "AffineReluRule" not in names and "ReluRule" in names
+
+
+@pytest.mark.parametrize("entry_id", ["wrn_10_2", "resnet_post_activation", "added_norms_leaky", "densenet"])
+def test_no_layout_is_converted_in_the_passes(entry_id: str) -> None:
+    """In channels_last every activation, cotangent and tangent is made in that layout and stays in it."""
+    converted: list[str] = []
+
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            result = func(*args, **(kwargs or {}))
+            given = args[1] if func is torch.ops.aten.copy_.default else args[0] if args else None
+            if func in COPIES and isinstance(given, torch.Tensor) and isinstance(result, torch.Tensor):
+                # Where an extent is 1 the two layouts are one.
+                plain = given.dim() == 4 and min(given.shape[1:]) > 1
+                if plain and given.stride() != result.stride() and 0 not in given.stride():
+                    converted.append(f"{func} {tuple(given.shape)} {given.stride()} -> {result.stride()}")
+            return result
+
+    entry = zoo.get(entry_id)
+    model = entry.make(torch.float32).to(memory_format=torch.channels_last)
+    x = entry.data(4, torch.float32)[0].to(memory_format=torch.channels_last)
+    penalty = EffectiveWeightPenalty(model, checks="never")
+    penalty(x).backward()
+    with Copies():
+        penalty(x)
+    assert not converted, converted[:5]

@@ -35,18 +35,14 @@ class _Spec(NamedTuple):
         return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
 
 
-class _Residual(NamedTuple):
+class LinearMapResidual(NamedTuple):
+    """What an operator that is linear in its tensors keeps."""
+
     values: dict[int, Any]  # inputs that are not differentiated
     specs: list[_Spec]  # the differentiated ones, an entry an occurrence
 
 
 @rule_for(
-    aten.adaptive_avg_pool1d.default,
-    aten.adaptive_avg_pool2d.default,
-    aten.adaptive_avg_pool3d.default,
-    aten.avg_pool1d.default,
-    aten.avg_pool2d.default,
-    aten.avg_pool3d.default,
     aten.cat.default,
     aten.chunk.default,
     aten.constant_pad_nd.default,
@@ -136,9 +132,9 @@ class LinearMapRule(Rule):
                     specs.append(_Spec.of(value))
                 else:
                     values[leaf.index] = value
-        return self.node.call(*args), _Residual(values, specs)
+        return self.node.call(*args), LinearMapResidual(values, specs)
 
-    def _pull(self, residual: _Residual, cotangent: Any, at: list[int]) -> Tensors:
+    def _pull(self, residual: LinearMapResidual, cotangent: Any, at: list[int]) -> Tensors:
         with torch.enable_grad():
             inputs = [spec.empty() for spec in residual.specs]
             for place in at:
@@ -154,10 +150,10 @@ class LinearMapRule(Rule):
                 [o for o, _ in pairs], [inputs[i] for i in at], [d for _, d in pairs], allow_unused=True
             )
 
-    def vjp(self, residual: _Residual, cotangent: Any) -> Tensors:
+    def vjp(self, residual: LinearMapResidual, cotangent: Any) -> Tensors:
         return self._pull(residual, cotangent, self._active_at) if self._active_at else ()
 
-    def jvp(self, residual: _Residual, tangents: Tensors) -> Any:
+    def jvp(self, residual: LinearMapResidual, tangents: Tensors) -> Any:
         given = iter(tangents)
         inputs: list[torch.Tensor] = []
         for place, spec in enumerate(residual.specs):
@@ -165,7 +161,7 @@ class LinearMapRule(Rule):
             inputs.append(spec.zeros() if tangent is None else tangent)
         return self.apply(residual.values, inputs)
 
-    def param_vjp(self, residual: _Residual, cotangent: Any, wanted: Sequence[bool]) -> Tensors:
+    def param_vjp(self, residual: LinearMapResidual, cotangent: Any, wanted: Sequence[bool]) -> Tensors:
         at = [i for i, w in zip(self._weight_at, wanted, strict=True) if w]
         grads = iter(self._pull(residual, cotangent, at) if at else ())
         return tuple(next(grads) if w else None for w in wanted)

@@ -8,6 +8,7 @@ import torch
 
 from emr_kernels.linearize.graph import Node
 from emr_kernels.linearize.rules.base import Rule, Tensors, rule_for
+from emr_kernels.linearize.rules.linear_maps import LinearMapRule
 
 aten = torch.ops.aten
 
@@ -62,3 +63,43 @@ class MaxPoolRule(Rule):
         flat = tangent.reshape(*tangent.shape[: tangent.dim() - self.dims], -1)
         out = flat.gather(-1, places.flatten(-spatial)).view(places.shape)
         return out.squeeze(-2) if self.lifted else out
+
+
+@rule_for(
+    aten.adaptive_avg_pool1d.default,
+    aten.adaptive_avg_pool2d.default,
+    aten.adaptive_avg_pool3d.default,
+    aten.avg_pool1d.default,
+    aten.avg_pool2d.default,
+    aten.avg_pool3d.default,
+)
+class AveragePoolRule(LinearMapRule):
+    """Averages over windows; over the whole image it is a mean, whose vjp copies nothing and so has no layout."""
+
+    def _spans(self, input: torch.Tensor, output: torch.Tensor) -> bool:
+        """Whether the one window of each channel is the whole image."""
+        dims = output.dim() - 2
+        if dims < 1 or any(extent != 1 for extent in output.shape[2:]):
+            return False
+        if "adaptive" in str(self.node.target):
+            return True
+        kernel, padding = self.node.args[1], self.node.args[3]
+        kernel = tuple(kernel) if isinstance(kernel, (list, tuple)) else (kernel,)
+        padding = tuple(padding) if isinstance(padding, (list, tuple)) else (padding,)
+        divisor = self.node.args[6] if len(self.node.args) > 6 else None
+        whole = (kernel * dims if len(kernel) == 1 else kernel) == tuple(input.shape[2:])
+        return whole and not any(padding) and divisor is None
+
+    def forward(self, args: tuple[Any, ...], primal: bool) -> tuple[Any, Any]:
+        output, residual = super().forward(args, primal)
+        return output, (residual, self._spans(args[0], output))
+
+    def vjp(self, residual: Any, cotangent: Any) -> Tensors:
+        inner, spans = residual
+        if not spans:
+            return super().vjp(inner, cotangent)
+        shape = inner.specs[0].shape
+        return ((cotangent / torch.Size(shape[2:]).numel()).expand(shape),)
+
+    def jvp(self, residual: Any, tangents: Tensors) -> Any:
+        return super().jvp(residual[0], tangents)
