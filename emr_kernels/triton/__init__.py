@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from emr_kernels.triton.affine_relu import affine_relu, affine_relu_out, affine_relu_vjp, affine_relu_vjp_out
+from emr_kernels.triton.affine_relu_jvp import affine_relu_jvp, affine_relu_jvp_out
 from emr_kernels.triton.bits import pack_bits
 from emr_kernels.triton.pgd_start import pgd_start
 from emr_kernels.triton.pgd_step import pgd_step, pgd_step_out
@@ -16,6 +18,12 @@ from emr_kernels.triton.sq_norms import sq_norms
 
 #: The launcher of each operator that has one, by the operator's name.
 launchers: dict[str, Callable[..., Any]] = {
+    "affine_relu": affine_relu,
+    "affine_relu_out": affine_relu_out,
+    "affine_relu_jvp": affine_relu_jvp,
+    "affine_relu_jvp_out": affine_relu_jvp_out,
+    "affine_relu_vjp": affine_relu_vjp,
+    "affine_relu_vjp_out": affine_relu_vjp_out,
     "pack_bits": pack_bits,
     "pgd_start": pgd_start,
     "pgd_step": pgd_step,

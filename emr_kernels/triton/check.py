@@ -71,29 +71,29 @@ class Specialisation:
         constants = [f"{name}={value}" for name, value in self.constants.items() if name.isupper()]
         return " ".join([self.name, *pointers, *wide, *unaligned, *constants, f"warps={self.options['num_warps']}"])
 
-    def compile(self, capability: int) -> str:
-        """Compile for a compute capability.
+    def compile(self, capability: int) -> Any:
+        """The compiled kernel for a compute capability, as Triton returns it."""
+        arguments = self.kernel.arg_names
+        attributes = {(arguments.index(name),): [["tt.divisibility", 16]] for name in self.aligned}
+        source = ASTSource(self.kernel, self.signature, self.constants, attributes)
+        return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=self.options)
 
-        Returns:
-            registers and shared memory.
+    def resources(self, capability: int) -> str:
+        """Registers and shared memory, by compiling with an empty cache and TRITON_DUMP_PTXAS_LOG=1.
 
         Raises:
             RuntimeError: if it spills, or needs more shared memory than there is.
             Exception: whatever Triton raises if it does not compile.
         """
-        arguments = self.kernel.arg_names
-        attributes = {(arguments.index(name),): [["tt.divisibility", 16]] for name in self.aligned}
-        source = ASTSource(self.kernel, self.signature, self.constants, attributes)
         log = io.StringIO()
         with contextlib.redirect_stdout(log):
-            compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=self.options)
+            shared = self.compile(capability).metadata.shared
         registers = re.search(r"Used (\d+) registers", log.getvalue())
         spills = re.findall(r"(\d+) bytes spill", log.getvalue())
         if registers is None or not spills:
             raise RuntimeError(f"the assembler told no registers: {log.getvalue()!r}")
         if any(int(spill) for spill in spills):
             raise RuntimeError(f"spills {' + '.join(spills)} bytes of registers")
-        shared = compiled.metadata.shared
         if shared > SHARED_MEMORY[capability]:
             raise RuntimeError(f"needs {shared} bytes of shared memory of {SHARED_MEMORY[capability]}")
         return f"{registers[1]} registers, {shared} bytes shared"
@@ -167,13 +167,24 @@ def specialisations(module_name: str) -> tuple[Specialisation, ...]:
     return tuple(found.values())
 
 
-def _check(task: tuple[str, int, int]) -> tuple[bool, str]:
-    module_name, index, capability = task
+def _check(task: tuple[str, int, Sequence[int]]) -> tuple[str, list[str]]:
+    """A line about one specialisation, and what failed."""
+    module_name, index, capabilities = task
     specialisation = specialisations(module_name)[index]
-    try:
-        return True, f"sm_{capability} {specialisation}: {specialisation.compile(capability)}"
-    except Exception as error:
-        return False, f"sm_{capability} {specialisation}: FAILED: {type(error).__name__}: {error}"
+    results, failures = [], []
+    for capability in capabilities:
+        try:
+            results.append(f"sm_{capability} {specialisation.resources(capability)}")
+        except Exception as error:
+            results.append(f"sm_{capability} FAILED")
+            failures.append(f"{specialisation}: sm_{capability} FAILED: {_told(error)}")
+    return f"{specialisation}: {'; '.join(results)}", failures
+
+
+def _told(error: BaseException) -> str:
+    """What an error says, and what the errors that it came from say: Triton wraps one for each function it is in."""
+    inner = error.__cause__
+    return f"{type(error).__name__}: {error}" + ("" if inner is None else f"\n  from {_told(inner)}")
 
 
 def _modules() -> list[str]:
@@ -192,32 +203,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if common.interpreted():
         parser.error("TRITON_INTERPRET is set, and interpreted kernels do not compile; expected it unset")
 
-    failures = []
-    tasks = []
+    capabilities = tuple(options.capability or SHARED_MEMORY)
+    failures: list[str] = []
+    tasks: list[tuple[str, int, Sequence[int]]] = []
     for module_name in options.modules or _modules():
         try:
             count = len(specialisations(module_name))
         except Exception as error:
-            failures.append(f"{module_name}: FAILED: {type(error).__name__}: {error}")
+            failures.append(f"{module_name}: FAILED: {_told(error)}")
             continue
-        tasks += [(module_name, i, c) for i in range(count) for c in options.capability or SHARED_MEMORY]
+        tasks += [(module_name, index, capabilities) for index in range(count)]
     with tempfile.TemporaryDirectory() as cache, contextlib.ExitStack() as stack:
         # Only what is compiled anew tells its registers.
         os.environ.update(TRITON_CACHE_DIR=cache, TRITON_DUMP_PTXAS_LOG="1")
         if options.jobs > 1 and len(tasks) > 1:
             # A process of its own for each job: a fork would share the compiler's threads and locks.
             pool = multiprocessing.get_context("spawn").Pool(min(options.jobs, len(tasks)))
-            results: Iterator[tuple[bool, str]] = stack.enter_context(pool).imap(_check, tasks)
+            results: Iterator[tuple[str, list[str]]] = stack.enter_context(pool).imap(_check, tasks)
         else:
             results = map(_check, tasks)
-        for passed, line in results:
+        for line, failed in results:
+            failures += failed
             print(line, flush=True)
-            if not passed:
-                failures.append(line)
     if failures:
         print("\n".join([f"{len(failures)} failed:", *failures]))
         return 1
-    print(f"{len(tasks)} kernels compiled, Triton {triton.__version__}")
+    print(f"{len(tasks)} specialisations compiled for {len(capabilities)} architectures, Triton {triton.__version__}")
     return 0
 
 
