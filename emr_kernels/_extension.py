@@ -28,6 +28,9 @@ forced: str | None = os.environ.get("EMR_BACKEND") or None
 if forced is not None and forced not in BACKENDS:
     raise ValueError(f"EMR_BACKEND is {forced!r}; expected one of {', '.join(BACKENDS)}, or unset")
 
+#: Whether Triton's interpreter serves CPU tensors; without it a forced Triton is for GPUs only.
+interpreted = forced == "triton" and os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "y", "yes")
+
 #: Whether the compiled operators may still be built on first use.
 pending = False
 #: The loaded library, None without one.
@@ -171,6 +174,8 @@ def _start() -> None:
     ahead = Path(__file__).resolve().parent / _build.OPS_LIBRARY
     if forced == "reference":
         reason = cuda_reason = "EMR_BACKEND is 'reference'"
+    elif interpreted:
+        reason = cuda_reason = "EMR_BACKEND is 'triton', in Triton's interpreter"
     elif ahead.exists():
         _load(ahead)
     elif os.environ.get("EMR_BUILD") == "0":

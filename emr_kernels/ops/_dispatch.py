@@ -48,6 +48,8 @@ class Operator:
         _library.define(schema, tags=_TAGS)
         _library.impl(name, reference, "CompositeExplicitAutograd")
         _library.impl(name, self._on_cuda, "CUDA")
+        if _extension.interpreted:
+            _library.impl(name, self._interpreted, "CPU")
         torch.library.register_fake(f"emr::{name}", fake, lib=_library)
         # One schema for both: the CUDA library registers its kernels under this name.
         _cuda_library.define(schema, tags=_TAGS)
@@ -61,13 +63,13 @@ class Operator:
                 return self._cuda_kernel(on)(*args)
         elif on.is_cpu and not torch.compiler.is_compiling():
             _extension.prepare()
-            if _extension.forced == "triton":
-                return self.kernel("triton")(*args)
         return self.overload(*args)
 
     def _on_cuda(self, *args: Any) -> Any:
-        tensors = (t for a in args for t in (a if isinstance(a, list) else (a,)) if isinstance(t, torch.Tensor))
-        return self._cuda_kernel(next(tensors))(*args)
+        return self._cuda_kernel(_first_tensor(args))(*args)
+
+    def _interpreted(self, *args: Any) -> Any:
+        return self.kernel(self.serving("cpu", _first_tensor(args).dtype)[0])(*args)
 
     def _cuda_kernel(self, on: torch.Tensor) -> Callable[..., Any]:
         key = (on.dtype, on.numel().bit_length())
@@ -82,7 +84,7 @@ class Operator:
         """The backend for tensors of a type of device, of a dtype and of fewer than 2**size_bits elements; and why."""
         forced = _extension.forced
         if device == "cpu":
-            order: tuple[str, ...] = ("triton" if forced == "triton" else "cpu",)
+            order: tuple[str, ...] = ("triton" if _extension.interpreted and dtype != torch.float64 else "cpu",)
         elif device == "cuda" and forced == "cpu":
             return "reference", "EMR_BACKEND is 'cpu'"
         elif device == "cuda" and dtype != torch.float64:
@@ -96,7 +98,7 @@ class Operator:
             except BackendUnavailableError as error:
                 reasons.append(f"{backend}: {error}")
                 continue
-            why = _winners.reason(self.name, backend, device) if forced is None else "forced by EMR_BACKEND"
+            why = "forced by EMR_BACKEND" if backend == forced else _winners.reason(self.name, backend, device)
             return backend, "; ".join([*reasons, why])
         return "reference", "; ".join(reasons)
 
@@ -113,8 +115,12 @@ class Operator:
         return _KERNELS[backend](self)
 
 
+def _first_tensor(args: tuple[Any, ...]) -> torch.Tensor:
+    return next(t for a in args for t in (a if isinstance(a, list) else (a,)) if isinstance(t, torch.Tensor))
+
+
 def _cpu_kernel(operator: Operator) -> Callable[..., Any]:
-    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"emr::{operator.name}", "CPU"):
+    if _extension.interpreted or not torch._C._dispatch_has_kernel_for_dispatch_key(f"emr::{operator.name}", "CPU"):
         raise BackendUnavailableError(_extension.reason or "not part of the loaded library")
     return operator.overload
 

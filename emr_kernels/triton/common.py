@@ -65,6 +65,9 @@ def launch(
         arguments: the kernel's, in order; None where a tensor is left out.
         fp_fusion: whether a * b + c may be contracted. Not by default: results round as the references' do.
         keywords: the kernel's constants, and options of the compiler such as num_warps.
+
+    Raises:
+        ValueError: if `on` is on the CPU and kernels are not interpreted.
     """
     keywords["enable_fp_fusion"] = fp_fusion
     if isinstance(grid, int):
@@ -73,6 +76,8 @@ def launch(
         return
     if _recorded is not None:
         _recorded.append(Launch(kernel, arguments, keywords))
+    elif on.is_cpu and not interpreted():
+        raise ValueError("a tensor is on the CPU; expected one on a GPU, or TRITON_INTERPRET=1 from the start")
     elif on.is_cuda and on.device.index != torch.cuda.current_device():
         # Triton launches on the current device.
         with torch.cuda.device(on.device):

@@ -1,4 +1,4 @@
-"""affine_relu, its vjp and its jvp: against PyTorch's own operators, and compiled kernels against the reference."""
+"""affine_relu, its vjp and its jvp: against PyTorch's own operators, and every backend against the reference."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from backends import BACKENDS, DTYPES, Backend
 from emr_kernels import _extension, ops
 
 # The package exports a function of the module's name.
 reference = importlib.import_module("emr_kernels.ops.affine_relu")
 
-DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 # Long rows, rows that are no multiple of a vector, rows too short for one, single channels, odd channel counts.
 SHAPES = [
     (2, 64, 8, 8),
@@ -39,6 +39,8 @@ SHAPES = [
     (0, 3, 4, 4),
     (2, 3, 0, 4),
 ]
+# The same in little: a long row, rows of whole bytes and others, columns, more than a block, nothing.
+FEW_SHAPES = [(2, 5, 33, 15), (2, 6, 8, 7), (3, 16, 5, 3), (64, 10), (3, 1001), (2, 3, 4, 5, 6), (1, 1), (2, 3, 0, 4)]
 FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
@@ -66,31 +68,58 @@ def layouts(shape: tuple[int, ...]) -> list[torch.memory_format]:
     return [torch.contiguous_format, *([FORMATS[len(shape)]] if len(shape) in FORMATS else [])]
 
 
-@pytest.mark.usefixtures("compiled")
+def ways(backend: Backend) -> list[tuple[bool, ...]]:
+    """With and without scale, shift, skip and a negative slope: all ways, or few where each takes long."""
+    if not backend.interpreted:
+        return list(product((True, False), repeat=4))
+    return [(True, True, True, False), (True, True, False, True), (False, False, True, False), (False,) * 4]
+
+
+def in_memory(tensor: torch.Tensor, backend: Backend, unaligned: bool) -> torch.Tensor:
+    """A copy on the backend's device, in the same memory format; at an address that is a multiple of its size only."""
+    if not unaligned or tensor.numel() == 0:
+        return tensor.to(backend.device)
+    storage = torch.empty(tensor.numel() + 1, dtype=tensor.dtype, device=backend.device)
+    return storage[1:].as_strided(tensor.shape, tensor.stride(), 1).copy_(tensor)
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_kernels_match_reference(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    for memory_format in layouts(shape):
-        a, skip, delta, u = tensors(4, shape, dtype, memory_format)
-        scale, shift = vectors(shape[1], dtype)
-        for s, b, k, slope in product((None, scale), (None, shift), (None, skip), (0.0, 0.1)):
-            y, bits = ops.affine_relu(a, s, b, k, slope)
-            expected, expected_bits = reference.affine_relu_reference(a, s, b, k, slope)
-            # Neither contracts a * scale + shift, so they round alike.
-            assert torch.equal(y, expected)
-            assert torch.equal(bits, expected_bits)
-            assert y.stride() == a.stride()
-        for s, slope in product((None, scale), (0.0, 0.1)):
-            out = ops.affine_relu_vjp(delta, bits, s, slope, memory_format=memory_format)
-            assert torch.equal(out, reference.affine_relu_vjp_reference(delta, bits, s, slope))
-            out, dscale = ops.affine_relu_jvp(u, bits, s, slope, delta, memory_format=memory_format)
-            assert torch.equal(out, reference.affine_relu_jvp_reference(u, bits, s, slope, delta)[0])
-            exact = reference.affine_relu_jvp_reference(u.double(), bits, None, slope, delta.double())[1]
-            # Rounding of the products, and of partial sums of at most a few hundred terms.
-            bound = (u.double() * delta.double()).abs().sum((0, *range(2, u.dim())))
-            unit = torch.finfo(dscale.dtype).eps
-            assert dscale.dtype == compute_dtype(dtype)
-            assert bool(((dscale - exact).abs() <= 8 * unit * bound).all())
+@pytest.mark.parametrize("unaligned", [False, True], ids=["aligned", "unaligned"])
+def test_backends_match_reference(unaligned: bool, dtype: torch.dtype, backend: Backend) -> None:
+    affine_relu, vjp, jvp = (backend.kernel(f"affine_relu{name}", dtype) for name in ("", "_vjp", "_jvp"))
+
+    def here(tensor: torch.Tensor | None) -> torch.Tensor | None:
+        return None if tensor is None else in_memory(tensor, backend, unaligned)
+
+    for shape in FEW_SHAPES if backend.interpreted else SHAPES:
+        for memory_format in layouts(shape):
+            a, skip, delta, u = tensors(4, shape, dtype, memory_format)
+            scale, shift = vectors(shape[1], dtype)
+            for has_scale, has_shift, has_skip, leaky in ways(backend):
+                s, b, k = scale if has_scale else None, shift if has_shift else None, skip if has_skip else None
+                slope = 0.1 if leaky else 0.0
+                y, bits = affine_relu(here(a), here(s), here(b), here(k), slope)
+                expected, expected_bits = reference.affine_relu_reference(a, s, b, k, slope)
+                # Neither contracts a * scale + shift, so they round alike.
+                assert backend.rounds_like(y, expected)
+                assert torch.equal(bits.cpu(), expected_bits)
+                assert y.stride() == a.stride()
+                if has_shift or has_skip:
+                    continue
+                packed = here(expected_bits)
+                out = vjp(here(delta), packed, here(s), slope)
+                assert backend.rounds_like(out, reference.affine_relu_vjp_reference(delta, expected_bits, s, slope))
+                out, dscale = jvp(here(u), packed, here(s), slope, here(delta))
+                expected, _ = reference.affine_relu_jvp_reference(u, expected_bits, s, slope, delta)
+                assert backend.rounds_like(out, expected)
+                wide = u.double(), expected_bits, None, slope, delta.double()
+                exact = reference.affine_relu_jvp_reference(*wide)[1]
+                # Rounding of the products, and of partial sums of at most a few hundred terms.
+                bound = (u.double() * delta.double()).abs().sum((0, *range(2, u.dim())))
+                unit = torch.finfo(dscale.dtype).eps
+                assert dscale.dtype == compute_dtype(dtype)
+                assert bool(((dscale.cpu() - exact).abs() <= 8 * unit * bound).all())
 
 
 @pytest.mark.usefixtures("compiled")
@@ -102,34 +131,48 @@ def test_every_instruction_set(index: int) -> None:
     names = facts["instruction_sets"]
     if index >= len(names) or names.index(facts["instruction_set"]) <= index:
         pytest.skip("not compiled in, not supported here, or what the other tests run")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "match or special", __file__]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        "(match or special) and cpu-cpu",
+        __file__,
+    ]
     environment = {**os.environ, "EMR_CPU_ISA": names[index], "PYTHONPATH": os.pathsep.join(sys.path)}
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout
     assert "skipped" not in result.stdout
 
 
+@pytest.mark.parametrize("backend", BACKENDS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_special_values(dtype: torch.dtype) -> None:
+def test_special_values(dtype: torch.dtype, backend: Backend) -> None:
+    affine_relu, vjp, jvp = (backend.kernel(f"affine_relu{name}", dtype) for name in ("", "_vjp", "_jvp"))
     nan, inf = float("nan"), float("inf")
-    a = torch.tensor([nan, inf, -inf, -0.0, 0.0, 1.0, -1.0] * 11, dtype=dtype)
-    y, bits = ops.affine_relu(a)
-    torch.testing.assert_close(y, F.relu(a), rtol=0, atol=0, equal_nan=True)
-    assert torch.equal(ops.unpack_bits(bits, a.shape), a > 0)
-    y, _ = ops.affine_relu(a, negative_slope=0.25)
-    torch.testing.assert_close(y, F.leaky_relu(a, 0.25), rtol=0, atol=0, equal_nan=True)
-    dead = torch.zeros_like(bits)
-    assert bool((ops.affine_relu_vjp(a, dead) == 0).all())
+    # The interpreter loses bfloat16's subnormal numbers.
+    small = torch.finfo(dtype).smallest_normal * (8 if backend.interpreted and dtype == torch.bfloat16 else 0.25)
+    a = torch.tensor([nan, inf, -inf, -0.0, 0.0, 1.0, -1.0, small, -small] * 11, dtype=dtype).view(9, 11)
+    here = a.to(backend.device)
+    for slope in (0.0, 0.25):
+        y, bits = affine_relu(here, None, None, None, slope)
+        assert backend.rounds_like(y, F.leaky_relu(a, slope) if slope else F.relu(a))
+        assert torch.equal(ops.unpack_bits(bits.cpu(), a.shape), a > 0)
+    for dead in (vjp(here, torch.zeros_like(bits), None, 0.0), jvp(here, torch.zeros_like(bits), None, 0.0, here)[0]):
+        assert bool((dead == 0).all())
 
 
-@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("backend", BACKENDS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_special_rounding(dtype: torch.dtype) -> None:
+def test_special_rounding(dtype: torch.dtype, backend: Backend) -> None:
     magnitudes = torch.logspace(-9, 6, 4000).view(1, 16, 250)
     a = (magnitudes * torch.randn(magnitudes.shape)).to(dtype)
     scale = torch.linspace(0.3, 2.7, 16)
-    y, _ = ops.affine_relu(a, scale, negative_slope=0.3)
-    assert torch.equal(y, reference.affine_relu_reference(a, scale, None, None, 0.3)[0])
+    y, _ = backend.kernel("affine_relu", dtype)(a.to(backend.device), scale.to(backend.device), None, None, 0.3)
+    assert backend.rounds_like(y, reference.affine_relu_reference(a, scale, None, None, 0.3)[0])
 
 
 @pytest.mark.parametrize("slope", [0.0, 0.2])
@@ -156,63 +199,55 @@ def test_against_autograd(slope: float, memory_format: torch.memory_format) -> N
     torch.testing.assert_close(dscale, torch.func.grad(pairing)(scale))
 
 
-@settings(max_examples=60, deadline=None)
-@given(
-    shape=st.lists(st.integers(1, 12), min_size=2, max_size=5).map(tuple),
-    seed=st.integers(0, 1000),
-    leaky=st.booleans(),
-)
-def test_any_shape(shape: tuple[int, ...], seed: int, leaky: bool) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    a, delta = (torch.randn(shape, generator=generator) for _ in range(2))
-    scale, shift = (torch.randn(shape[1], generator=generator) for _ in range(2))
-    view = (1, -1, *[1] * (len(shape) - 2))
-    slope = 0.1 if leaky else 0.0
-    for memory_format in layouts(shape):
-        dense = a.contiguous(memory_format=memory_format)
-        y, bits = ops.affine_relu(dense, scale, shift, negative_slope=slope)
+@pytest.mark.parametrize("backend", BACKENDS, ids=str)
+def test_any_shape(backend: Backend) -> None:
+    affine_relu, vjp = (backend.kernel(f"affine_relu{name}", torch.float32) for name in ("", "_vjp"))
+    examples, largest = (15, 6) if backend.interpreted else (60, 12)
+
+    @settings(max_examples=examples, deadline=None)
+    @given(
+        shape=st.lists(st.integers(1, largest), min_size=2, max_size=5).map(tuple),
+        seed=st.integers(0, 1000),
+        leaky=st.booleans(),
+    )
+    def check(shape: tuple[int, ...], seed: int, leaky: bool) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        a, delta = (torch.randn(shape, generator=generator) for _ in range(2))
+        scale, shift = (torch.randn(shape[1], generator=generator) for _ in range(2))
+        view = (1, -1, *[1] * (len(shape) - 2))
+        slope = 0.1 if leaky else 0.0
         t = a * scale.view(view) + shift.view(view)
-        assert torch.equal(y, F.leaky_relu(t, slope))
-        d_in = ops.affine_relu_vjp(delta, bits, scale, slope, memory_format=ops.dense_format(y))
-        assert torch.equal(d_in, torch.where(t > 0, delta, delta * slope) * scale.view(view))
+        for memory_format in layouts(shape):
+            on = {"device": backend.device, "memory_format": memory_format}
+            s = scale.to(backend.device)
+            y, bits = affine_relu(a.to(**on), s, shift.to(backend.device), None, slope)
+            assert torch.equal(y.cpu(), F.leaky_relu(t, slope))
+            d_in = vjp(delta.to(**on), bits, s, slope)
+            assert torch.equal(d_in.cpu(), torch.where(t > 0, delta, delta * slope) * scale.view(view))
+
+    check()
 
 
-def test_tensors_in_other_layouts() -> None:
-    base = torch.randn(4, 9, 10, 12)
-    scale = torch.randn(5)
-    for a in (base[:, ::2, 1:8, ::3], base[:, :5].transpose(2, 3), base[:1, :5].expand(3, 5, 10, 12)):
-        y, bits = ops.affine_relu(a, scale)
-        t = a * scale.view(1, -1, 1, 1)
-        assert torch.equal(y, F.relu(t))
-        assert torch.equal(ops.unpack_bits(bits, a.shape, ops.dense_format(y)), t > 0)
-    a = torch.randn(2, 5, 4, 3).contiguous(memory_format=torch.channels_last)
-    delta = torch.randn(2, 5, 4, 3)
-    _, bits = ops.affine_relu(a)
-    out = ops.affine_relu_vjp(delta, bits, memory_format=torch.channels_last)
-    assert torch.equal(out, delta * (a > 0))
-    assert out.is_contiguous(memory_format=torch.channels_last)
-
-
-@pytest.mark.parametrize("shape", [(2, 5, 9, 11), (3, 37), (2, 4, 2, 2)], ids=str)
-def test_results_in_place(shape: tuple[int, ...]) -> None:
-    a, skip, delta, u = tensors(4, shape, torch.float32, torch.contiguous_format)
-    scale, shift = vectors(shape[1], torch.float32)
-    y, bits = ops.affine_relu(a, scale, shift, skip)
-    buffer = torch.full_like(bits, 255)
-    for target in (a.clone(), skip.clone()):
-        first, second = (target, skip) if torch.equal(target, a) else (a, target)
-        out, packed = ops.affine_relu(first, scale, shift, second, out=target, bits_out=buffer)
-        assert out is target and packed is buffer
-        assert torch.equal(out, y) and torch.equal(packed, bits)
-    d_in = ops.affine_relu_vjp(delta, bits, scale)
-    u_out, dscale = ops.affine_relu_jvp(u, bits, scale, delta=delta)
-    target = delta.clone()
-    assert ops.affine_relu_vjp(target, bits, scale, out=target) is target
-    assert torch.equal(target, d_in)
-    for first, second in ((u.clone(), delta), (u, delta.clone())):
-        target = second if first is u else first
-        out, total = ops.affine_relu_jvp(first, bits, scale, delta=second, out=target)
-        assert out is target and torch.equal(out, u_out) and torch.equal(total, dscale)
+@pytest.mark.parametrize("backend", BACKENDS, ids=str)
+@pytest.mark.parametrize("shape", [(2, 5, 9, 11), (3, 16, 6, 4), (3, 37), (2, 4, 2, 2)], ids=str)
+def test_results_in_place(shape: tuple[int, ...], backend: Backend) -> None:
+    dtype = torch.float32
+    for memory_format in layouts(shape):
+        a, skip, delta, u = (t.to(backend.device) for t in tensors(4, shape, dtype, memory_format))
+        scale, shift = (t.to(backend.device) for t in vectors(shape[1], dtype))
+        y, bits = backend.kernel("affine_relu", dtype)(a, scale, shift, skip, 0.0)
+        d_in = backend.kernel("affine_relu_vjp", dtype)(delta, bits, scale, 0.0)
+        u_out, dscale = backend.kernel("affine_relu_jvp", dtype)(u, bits, scale, 0.0, delta)
+        affine_relu, vjp, jvp = (backend.kernel(f"affine_relu{name}_out", dtype) for name in ("", "_vjp", "_jvp"))
+        for place in (0, 1):
+            given, packed = [a.clone(), skip.clone()], torch.full_like(bits, 255)
+            affine_relu(given[0], scale, shift, given[1], 0.0, given[place], packed)
+            assert torch.equal(given[place], y) and torch.equal(packed, bits)
+            given = [u.clone(), delta.clone()]
+            total = jvp(given[0], bits, scale, 0.0, given[1], given[place])
+            assert torch.equal(given[place], u_out) and torch.equal(total, dscale)
+        vjp(delta, bits, scale, 0.0, delta)
+        assert torch.equal(delta, d_in)
 
 
 @pytest.mark.usefixtures("compiled")
@@ -229,81 +264,3 @@ def test_sums_do_not_depend_on_threads(shape: tuple[int, ...]) -> None:
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
-
-
-def test_opcheck() -> None:
-    for memory_format in (torch.contiguous_format, torch.channels_last):
-        a, skip, delta = tensors(3, (2, 3, 5, 4), torch.float32, memory_format)
-        scale, shift = vectors(3, torch.float32)
-        y, bits = ops.affine_relu(a, scale, shift, skip)
-        emr = torch.ops.emr
-        for operator, args in (
-            (emr.affine_relu, (a, scale, shift, skip, 0.0)),
-            (emr.affine_relu, (a, None, None, None, 0.1)),
-            (emr.affine_relu_out, (a, scale, shift, skip, 0.0, torch.empty_like(a), bits.clone())),
-            (emr.affine_relu_vjp, (delta, bits, scale, 0.0)),
-            (emr.affine_relu_vjp_out, (delta, bits, scale, 0.0, torch.empty_like(a))),
-            (emr.affine_relu_jvp, (delta, bits, scale, 0.0, y)),
-            (emr.affine_relu_jvp_out, (delta, bits, scale, 0.0, y, torch.empty_like(a))),
-            (emr.pack_bits, (a > 0,)),
-        ):
-            torch.library.opcheck(operator.default, args)
-
-
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
-def test_compile(memory_format: torch.memory_format) -> None:
-    a, delta, u = tensors(3, (2, 3, 5, 4), torch.float32, memory_format)
-    scale, shift = vectors(3, torch.float32)
-
-    def function(a: torch.Tensor, delta: torch.Tensor, u: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        y, bits = ops.affine_relu(a, scale, shift)
-        d_in = ops.affine_relu_vjp(delta * 2, bits, scale, memory_format=memory_format, out=torch.empty_like(y))
-        return y, bits, d_in, *ops.affine_relu_jvp(u, bits, scale, 0.0, d_in, memory_format=memory_format)
-
-    with torch.no_grad():
-        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")(a, delta, u)
-    torch.testing.assert_close(compiled, function(a, delta, u))
-
-
-def test_refuses_to_lose_a_derivative() -> None:
-    a = torch.randn(2, 3, requires_grad=True)
-    bits = torch.zeros(1, dtype=torch.uint8)
-    with pytest.raises(RuntimeError, match="affine_relu has no derivative, and a requires grad"):
-        ops.affine_relu(a)
-    with pytest.raises(RuntimeError, match="scale requires grad"):
-        ops.affine_relu_vjp(a.detach(), bits, torch.ones(3, requires_grad=True))
-    with torch.no_grad():
-        assert torch.equal(ops.affine_relu(a)[0], F.relu(a))
-    with (
-        torch.autograd.forward_ad.dual_level(),
-        pytest.raises(RuntimeError, match="u carries a forward-mode tangent"),
-    ):
-        dual = torch.autograd.forward_ad.make_dual(a.detach(), torch.ones(2, 3))
-        ops.affine_relu_jvp(dual, bits, delta=a.detach())
-
-
-A = torch.zeros(2, 3, 4, 4)
-BITS = torch.zeros(12, dtype=torch.uint8)
-
-
-@pytest.mark.parametrize(
-    ("call", "error", "message"),
-    [
-        (lambda: ops.affine_relu(A.int()), TypeError, "a has dtype torch.int32; expected float32"),
-        (lambda: ops.affine_relu([1.0]), TypeError, "a is list; expected a tensor"),
-        (lambda: ops.affine_relu(A, torch.ones(4)), ValueError, r"scale has shape \(4,\); expected \(3,\)"),
-        (lambda: ops.affine_relu(A[0, 0, 0], torch.ones(4)), ValueError, r"a has shape \(4,\); expected \[N, C"),
-        (lambda: ops.affine_relu(A, skip=A.double()), TypeError, "skip has dtype torch.float64; expected torch.f"),
-        (lambda: ops.affine_relu(A, skip=A[:1]), ValueError, r"skip has shape \(1, 3, 4, 4\); expected \(2, 3, 4"),
-        (lambda: ops.affine_relu(A, out=A.transpose(0, 1)), ValueError, "out has shape"),
-        (lambda: ops.affine_relu(A, out=A.mT), ValueError, "out has strides"),
-        (lambda: ops.affine_relu(A, bits_out=BITS[1:]), ValueError, r"bits_out has shape \(11,\)"),
-        (lambda: ops.affine_relu_vjp(A, BITS.int()), TypeError, "bits has dtype torch.int32; expected torch.uint8"),
-        (lambda: ops.affine_relu_vjp(A, BITS[1:]), ValueError, r"bits has shape \(11,\) .* expected \(12,\)"),
-        (lambda: ops.affine_relu_jvp(A, BITS, delta=A[:1]), ValueError, "delta has shape"),
-        (lambda: ops.affine_relu_jvp(A.view(-1), BITS, delta=A.view(-1)), ValueError, r"u has shape \(96,\)"),
-    ],
-)
-def test_bad_arguments(call: Any, error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        call()
