@@ -1,45 +1,68 @@
 """EMR penalty and its parameter gradient: emr_kernels, double backward, and the convolutions alone.
 
     python -m benchmarks.penalty --model wrn-16-4 --batch 64
+    python -m benchmarks.penalty --model wrn-34-10 --batch 128 --device cuda --precision bf16
 
 The bound is the time of the same convolutions alone: two forwards, one data gradient and one weight gradient of each,
-in the faster of the two memory formats. Times are medians of interleaved repetitions in one process. Memory is told
-twice, each contender in a process of its own: the largest sum of tensors alive at once over the call (beyond those that
-were there before it), which repeats to the byte, and the resident set's peak, with Python, torch and scratch memory.
+in the faster of the two memory formats. On a GPU there is also the limit: their operations at the measured rate of a
+matrix product. Times are medians of interleaved repetitions in one process. Memory is told twice, each contender in a
+process of its own: the largest sum of tensors alive at once over the call (beyond those that were there before it),
+which repeats to the byte, and on the CPU the resident set's peak, with Python, torch and scratch memory.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
-import platform
-import statistics
-import subprocess
 import sys
-import time
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.measure import Step, environment, in_own_process, interleaved, matmul_ceiling, memory_of
 from benchmarks.models import build
 from emr_kernels import EffectiveWeightPenalty
 
 FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TEMPERATURE = 1.0
-Step = Callable[[], None]
 
 
-def double_backward(model: nn.Module, x: torch.Tensor) -> Step:
+@dataclass(frozen=True)
+class Setting:
+    """What every contender has in common."""
+
+    model: str
+    batch: int
+    device: torch.device
+    precision: str
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Around a forward: what low precision means in training."""
+        if self.precision == "fp32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, PRECISIONS[self.precision])
+
+    def make(self, memory_format: torch.memory_format, batch: int | None = None) -> tuple[nn.Module, torch.Tensor]:
+        """The network and a batch."""
+        model, shape = build(self.model)
+        x = torch.rand(batch or self.batch, *shape, generator=torch.Generator().manual_seed(1))
+        model = model.eval().to(self.device, memory_format=memory_format)
+        return model, x.to(self.device).contiguous(memory_format=memory_format)
+
+
+def double_backward(model: nn.Module, x: torch.Tensor, setting: Setting) -> Step:
     """The released EMR code's way: the effective weight with a graph, then backward through it."""
-    model.eval()
 
     def step() -> None:
         model.zero_grad(set_to_none=True)
         leaf = x.detach().requires_grad_()
-        logits = model(leaf)
+        with setting.autocast():
+            logits = model(leaf).float() if setting.precision != "fp32" else model(leaf)
         mix = torch.softmax(logits / TEMPERATURE, 1).detach()
         (weight,) = torch.autograd.grad((mix * logits).sum() / len(x), leaf, create_graph=True)
         weight.square().sum().backward()
@@ -47,128 +70,167 @@ def double_backward(model: nn.Module, x: torch.Tensor) -> Step:
     return step
 
 
-def linear_passes(model: nn.Module, x: torch.Tensor) -> Step:
+def linear_passes(model: nn.Module, x: torch.Tensor, setting: Setting) -> Step:
     """emr_kernels."""
-    model.eval()
     penalty = EffectiveWeightPenalty(model, temperature=TEMPERATURE, checks="never")
     penalty.prepare(x)
     assert penalty.engine == "linearized", penalty.engine_reason
 
     def step() -> None:
         model.zero_grad(set_to_none=True)
-        penalty(x).backward()
+        with setting.autocast():
+            value = penalty(x)
+        value.backward()
 
     return step
 
 
-def convolutions_alone(model: nn.Module, x: torch.Tensor, memory_format: torch.memory_format) -> Step:
-    """Every convolution of the model, on tensors made before: two forwards, one data and one weight gradient."""
-    calls: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[int], list[int]]] = []
+@dataclass(frozen=True)
+class Call:
+    """One convolution of the network, on tensors made before."""
+
+    given: torch.Tensor
+    weight: torch.Tensor
+    cotangent: torch.Tensor
+    stride: list[int]
+    padding: list[int]
+
+    @property
+    def operations(self) -> int:
+        """Multiplications and additions of one forward."""
+        return 2 * self.cotangent.numel() * self.weight[0].numel()
+
+
+def calls_of(model: nn.Module, x: torch.Tensor, memory_format: torch.memory_format, dtype: torch.dtype) -> list[Call]:
+    """Every convolution that a forward runs."""
+    calls: list[Call] = []
 
     def record(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         assert isinstance(module, nn.Conv2d)
-        given = torch.randn_like(args[0]).contiguous(memory_format=memory_format)
-        cotangent = torch.randn_like(output).contiguous(memory_format=memory_format)
-        weight = module.weight.detach().contiguous(memory_format=memory_format)
-        calls.append((given, weight, cotangent, list(module.stride), list(module.padding)))
+        given = torch.randn_like(args[0], dtype=dtype).contiguous(memory_format=memory_format)
+        cotangent = torch.randn_like(output, dtype=dtype).contiguous(memory_format=memory_format)
+        weight = module.weight.detach().to(dtype).contiguous(memory_format=memory_format)
+        calls.append(Call(given, weight, cotangent, list(module.stride), [int(p) for p in module.padding]))
 
     hooks = [m.register_forward_hook(record) for m in model.modules() if isinstance(m, nn.Conv2d)]
     with torch.no_grad():
-        model.eval()(x)
+        model(x)
     for hook in hooks:
         hook.remove()
+    return calls
+
+
+def convolutions_alone(calls: list[Call]) -> Step:
+    """Two forwards, one data and one weight gradient of each call."""
     convolution = torch.ops.aten.convolution.default
     gradient = torch.ops.aten.convolution_backward.default
 
     def step() -> None:
         with torch.no_grad():
-            for given, weight, cotangent, stride, padding in calls:
-                options = (stride, padding, [1, 1], False, [0, 0], 1)
-                convolution(given, weight, None, *options)
-                convolution(given, weight, None, *options)
-                gradient(cotangent, given, weight, None, *options, [True, False, False])
-                gradient(cotangent, given, weight, None, *options, [False, True, False])
+            for call in calls:
+                options = (call.stride, call.padding, [1, 1], False, [0, 0], 1)
+                convolution(call.given, call.weight, None, *options)
+                convolution(call.given, call.weight, None, *options)
+                gradient(call.cotangent, call.given, call.weight, None, *options, [True, False, False])
+                gradient(call.cotangent, call.given, call.weight, None, *options, [False, True, False])
 
     return step
 
 
-def contender(name: str, model_name: str, batch: int) -> Step:
+def contender(name: str, setting: Setting, batch: int | None = None) -> Step:
     """A timed step by name: "kernels", "double backward" or "convolutions", then the memory format."""
     kind, _, layout = name.partition(", ")
     memory_format = FORMATS[layout]
-    model, shape = build(model_name)
-    model = model.to(memory_format=memory_format)
-    x = torch.rand(batch, *shape, generator=torch.Generator().manual_seed(1)).contiguous(memory_format=memory_format)
+    model, x = setting.make(memory_format, batch)
     if kind == "convolutions":
-        return convolutions_alone(model, x, memory_format)
-    return (linear_passes if kind == "kernels" else double_backward)(model, x)
+        return convolutions_alone(calls_of(model, x, memory_format, PRECISIONS[setting.precision]))
+    return (linear_passes if kind == "kernels" else double_backward)(model, x, setting)
 
 
 NAMES = [f"{kind}, {layout}" for kind in ("convolutions", "double backward", "kernels") for layout in FORMATS]
 
 
-def check_agreement(model_name: str, batch: int) -> float:
+def check_agreement(setting: Setting) -> float:
     """Largest relative difference of a parameter's gradient between the two ways, in float64 on a small batch."""
-    model, shape = build(model_name)
-    model = model.double()
-    x = torch.rand(min(batch, 4), *shape, dtype=torch.float64)
+    exact = Setting(setting.model, min(setting.batch, 4), setting.device, "fp32")
+    model, x = exact.make(torch.contiguous_format)
+    model, x = model.double(), x.double()
     gradients = []
     for way in (double_backward, linear_passes):
-        way(model, x)()
+        way(model, x, exact)()
         gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None and p.grad.any()])
     assert len(gradients[0]) == len(gradients[1])
     return max(float((a - b).norm() / a.norm()) for a, b in zip(*gradients, strict=True))
 
 
-def time_all(model_name: str, batch: int, repetitions: int) -> dict[str, dict[str, float]]:
-    """Seconds of each contender, from interleaved repetitions."""
-    steps = {name: contender(name, model_name, batch) for name in NAMES}
-    seconds: dict[str, list[float]] = {name: [] for name in NAMES}
-    for round_ in range(repetitions + 1):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            if round_:
-                seconds[name].append(time.perf_counter() - start)
+def limit_in_seconds(setting: Setting) -> float:
+    """The convolutions' operations in four passes, at the measured rate of a matrix product."""
+    model, x = setting.make(torch.channels_last)
+    dtype = PRECISIONS[setting.precision]
+    operations = 4 * sum(call.operations for call in calls_of(model, x, torch.channels_last, dtype))
+    return operations / matmul_ceiling(setting.device, dtype)
+
+
+def measure(setting: Setting, repetitions: int) -> dict[str, Any]:
+    """Times, memory and ratios of all contenders, which have to agree first."""
+    difference = check_agreement(setting)
+    if difference > 1e-10:
+        raise RuntimeError(f"the contenders' gradients differ by {difference:.1e} in float64: nothing is timed")
+    arguments = ["--model", setting.model, "--batch", str(setting.batch), "--device", str(setting.device)]
+    arguments += ["--precision", setting.precision]
+    memory = {
+        name: in_own_process("benchmarks.penalty", *arguments, "--memory-of", name)
+        for name in NAMES
+        if "convolutions" not in name
+    }
+    steps = {name: contender(name, setting) for name in NAMES}
+    times = interleaved(steps, repetitions, setting.device)
+    bound = min(times[f"convolutions, {layout}"]["median"] for layout in FORMATS)
+    limit = limit_in_seconds(setting) if setting.device.type == "cuda" else None
+    ratios: dict[str, dict[str, float]] = {}
+    for layout in FORMATS:
+        ours, theirs = f"kernels, {layout}", f"double backward, {layout}"
+        mine = times[ours]["median"]
+        ratios[layout] = {
+            "speed-up over double backward": times[theirs]["median"] / mine,
+            "fraction of the bound": bound / mine,
+            "tensor memory over double backward's": memory[ours]["tensors"] / memory[theirs]["tensors"],
+        }
+        if limit is not None:
+            ratios[layout]["fraction of the limit"] = limit / mine
+        else:
+            ratios[layout]["peak resident set over double backward's"] = memory[ours]["peak"] / memory[theirs]["peak"]
     return {
-        name: {"median": statistics.median(times), "min": min(times), "max": max(times)}
-        for name, times in seconds.items()
+        "model": setting.model,
+        "batch": setting.batch,
+        "precision": setting.precision,
+        "environment": environment(setting.device),
+        "gradient difference": difference,
+        "seconds": times,
+        "bound": bound,
+        "limit": limit,
+        "memory": memory,
+        "ratios": ratios,
     }
 
 
-def _status(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(field)).split()[1]) * 1024
-
-
-def peak_of_tensors(step: Step) -> int:
-    """Largest sum of the tensors that a call has alive at once, beyond those that were there before it."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        step()
-    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
-
-
-def measure_memory(name: str, model_name: str, batch: int) -> dict[str, int]:
-    """Peak resident set of one call in this process, what was resident before it, and the peak of its tensors."""
-    step = contender(name, model_name, batch)
-    contender(name, model_name, 2)()  # code and thread pools that any first call loads
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _status("VmRSS")
-    step()
-    return {"before": before, "peak": _status("VmHWM"), "tensors": peak_of_tensors(step)}
-
-
-def memory_in_own_process(name: str, model_name: str, batch: int) -> dict[str, int]:
-    """`measure_memory` in a fresh interpreter."""
-    command = [sys.executable, "-m", "benchmarks.penalty", "--model", model_name, "--batch", str(batch)]
-    run = subprocess.run([*command, "--memory-of", name], capture_output=True, text=True, check=True)
-    found: dict[str, int] = json.loads(run.stdout)
-    return found
+def show(record: dict[str, Any]) -> None:
+    """Print a record of `measure`."""
+    where = record["environment"]
+    print(
+        f"{record['model']}, batch {record['batch']}, {record['precision']}, {where['device']}, "
+        f"{where['threads']} threads, torch {where['torch']}"
+    )
+    print(f"gradients agree in float64 to {record['gradient difference']:.1e} (largest relative difference)")
+    print(f"{'':32}{'seconds':>10}{'min':>9}{'max':>9}{'of bound':>10}{'tensors MB':>12}{'peak MB':>9}")
+    for name, t in record["seconds"].items():
+        line = f"{name:32}{t['median']:10.4f}{t['min']:9.4f}{t['max']:9.4f}{record['bound'] / t['median']:10.0%}"
+        memory = record["memory"].get(name)
+        if memory:
+            line += f"{memory['tensors'] / 1e6:12.0f}" + (f"{memory['peak'] / 1e6:9.0f}" if "peak" in memory else "")
+        print(line)
+    for layout, ratios in record["ratios"].items():
+        print(f"{layout}: " + ", ".join(f"{name} {value:.2f}" for name, value in ratios.items()))
 
 
 def main() -> None:
@@ -176,51 +238,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="wrn-16-4")
     parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp32")
     parser.add_argument("--repetitions", type=int, default=7)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    setting = Setting(options.model, options.batch, options.device, options.precision)
     if options.memory_of:
-        print(json.dumps(measure_memory(options.memory_of, options.model, options.batch)))
+        name = options.memory_of
+        small = contender(name, setting, 2)
+        print(json.dumps(memory_of(contender(name, setting), small, setting.device)))
         return
-    difference = check_agreement(options.model, options.batch)
-    print(f"{options.model}, batch {options.batch}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    print(f"gradients agree in float64 to {difference:.1e} (largest relative difference of a parameter)")
-    if difference > 1e-10:
-        sys.exit("the contenders do not compute the same gradient: nothing is timed")
-    times = time_all(options.model, options.batch, options.repetitions)
-    bound = min(times[f"convolutions, {layout}"]["median"] for layout in FORMATS)
-    memory = {name: memory_in_own_process(name, options.model, options.batch) for name in NAMES if "conv" not in name}
-    print(f"{'':32}{'seconds':>9}{'min':>8}{'max':>8}{'of bound':>10}{'tensors MB':>12}{'peak MB':>9}")
-    for name, t in times.items():
-        line = f"{name:32}{t['median']:9.3f}{t['min']:8.3f}{t['max']:8.3f}{bound / t['median']:10.0%}"
-        if name in memory:
-            line += f"{memory[name]['tensors'] / 1e6:12.0f}{memory[name]['peak'] / 1e6:9.0f}"
-        print(line)
-    ratios: dict[str, dict[str, float]] = {}
-    for layout in FORMATS:
-        ours, theirs = f"kernels, {layout}", f"double backward, {layout}"
-        grown = {name: memory[name]["peak"] - memory[name]["before"] for name in (ours, theirs)}
-        ratios[layout] = {
-            "speed-up over double backward": times[theirs]["median"] / times[ours]["median"],
-            "fraction of the bound": bound / times[ours]["median"],
-            "tensor memory over double backward's": memory[ours]["tensors"] / memory[theirs]["tensors"],
-            "peak memory over double backward's": memory[ours]["peak"] / memory[theirs]["peak"],
-            "grown resident set over double backward's": grown[ours] / grown[theirs],
-        }
-        print(f"{layout}: " + ", ".join(f"{name} {value:.2f}" for name, value in ratios[layout].items()))
+    try:
+        record = measure(setting, options.repetitions)
+    except RuntimeError as error:
+        sys.exit(str(error))
+    show(record)
     if options.output:
-        record = {
-            "model": options.model,
-            "batch": options.batch,
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "processor": platform.processor() or platform.machine(),
-            "gradient difference": difference,
-            "seconds": times,
-            "memory": memory,
-            "ratios": ratios,
-        }
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(json.dumps(record, indent=2) + "\n")
 

@@ -1,0 +1,158 @@
+"""How the benchmarks measure: interleaved repetitions, peak memory, ceilings of the machine, and where it all ran."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+Step = Callable[[], Any]
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for what was launched."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds_of(step: Step, device: torch.device) -> float:
+    """One call's time: CUDA events on a GPU, the clock on a CPU."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        step()
+        return time.perf_counter() - start
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    step()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
+
+
+def interleaved(
+    steps: Mapping[str, Step], repetitions: int, device: torch.device, warm_up: int = 1
+) -> dict[str, dict[str, float]]:
+    """Median, least and greatest seconds of each contender, which take turns so that a drift meets all alike."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(warm_up):
+        for step in steps.values():
+            step()
+    synchronize(device)
+    for _ in range(repetitions):
+        for name, step in steps.items():
+            seconds[name].append(seconds_of(step, device))
+    return {
+        name: {"median": statistics.median(times), "min": min(times), "max": max(times)}
+        for name, times in seconds.items()
+    }
+
+
+def peak_of_tensors(step: Step, device: torch.device) -> int:
+    """Largest sum of the tensors that a call has alive at once, beyond those that were there before it."""
+    if device.type == "cuda":
+        synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        step()
+        synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        step()
+    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(field)).split()[1]) * 1024
+
+
+def memory_of(step: Step, warm_up: Step, device: torch.device) -> dict[str, int]:
+    """Peak memory of one call, which should be this process's first of its size.
+
+    `tensors`: see `peak_of_tensors`. On the CPU also the resident set: `before` the call and its `peak`.
+    """
+    warm_up()  # code and thread pools that any first call loads
+    found = {}
+    if device.type == "cpu":
+        Path("/proc/self/clear_refs").write_text("5")
+        found["before"] = _status("VmRSS")
+        step()
+        found["peak"] = _status("VmHWM")
+    found["tensors"] = peak_of_tensors(step, device)
+    return found
+
+
+def in_own_process(module: str, *arguments: str) -> Any:
+    """Run a module in a fresh interpreter; the last line it prints, as JSON."""
+    run = subprocess.run([sys.executable, "-m", module, *arguments], capture_output=True, text=True)
+    if run.returncode != 0:
+        raise RuntimeError(f"python -m {module} {' '.join(arguments)} failed:\n{run.stderr[-4000:]}")
+    return json.loads(run.stdout.strip().splitlines()[-1])
+
+
+def copy_ceiling(device: torch.device, size: int = 1 << 28) -> float:
+    """Bytes per second, read and written, of a copy between two warm buffers of `size` bytes."""
+    source = torch.ones(size // 4, device=device)
+    target = torch.empty_like(source)
+    times = interleaved({"copy": lambda: target.copy_(source)}, 10, device, warm_up=3)
+    return 2 * size / times["copy"]["median"]
+
+
+def matmul_ceiling(device: torch.device, dtype: torch.dtype, size: int | None = None) -> float:
+    """Operations per second of a square matrix product of random numbers."""
+    n = size or (8192 if device.type == "cuda" else 1024)
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    times = interleaved({"product": lambda: torch.mm(a, b, out=out)}, 10, device, warm_up=3)
+    return 2 * n**3 / times["product"]["median"]
+
+
+def device_name(device: torch.device) -> str:
+    """What the device calls itself."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What a figure depends on beside the code."""
+    try:
+        import triton
+
+        triton_version = triton.__version__
+    except ImportError:
+        triton_version = None
+    root = Path(__file__).resolve().parent.parent
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True).stdout.strip()
+    return {
+        "device": device_name(device),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version() if device.type == "cuda" else None,
+        "triton": triton_version,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processors": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "commit": commit or None,
+        "date": datetime.date.today().isoformat(),
+    }
