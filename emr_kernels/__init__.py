@@ -6,6 +6,7 @@ from emr_kernels.linearize import UnsupportedModelError, linearize
 from emr_kernels.loss import EMRLoss
 from emr_kernels.margins import effective_margins, effective_weight_norms, effective_weights
 from emr_kernels.penalty import EffectiveWeightPenalty
+from emr_kernels.robust import robust_loss
 
 __version__ = package_version()
 
@@ -19,4 +20,5 @@ __all__ = [
     "effective_weights",
     "info",
     "linearize",
+    "robust_loss",
 ]

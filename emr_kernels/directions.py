@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
+
+from emr_kernels.ops.logit_seeds import logit_seeds
 
 DIRECTIONS = ("softmax", "label", "margin", "all", "random")
 NEEDS_LABELS = ("label", "margin")
@@ -35,26 +36,27 @@ def seeds(
     """
     logits = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
     classes = logits.shape[1]
-    for seed in _mixes(logits, y, direction, temperature):
-        yield seed - seed.sum(1, keepdim=True) / classes if center else seed
+    if classes == 1:
+        # One class has no rival: every mix is that class.
+        yield torch.full_like(logits, 0.0 if center or direction == "margin" else 1.0)
+    elif direction in ("softmax", "label", "margin"):
+        labels = y if direction in NEEDS_LABELS else None
+        yield logit_seeds(logits, labels, kind=direction, temperature=temperature, center=center).seed
+    else:
+        for seed in _mixes(logits, direction):
+            yield seed - seed.sum(1, keepdim=True) / classes if center else seed
 
 
-def _mixes(logits: torch.Tensor, y: torch.Tensor | None, direction: str, temperature: float) -> Iterator[torch.Tensor]:
+def _mixes(logits: torch.Tensor, direction: str) -> Iterator[torch.Tensor]:
     classes = logits.shape[1]
-    if direction == "softmax":
-        yield torch.softmax(logits / temperature, 1)
-    elif direction == "random":
+    if direction == "random":
         noise = torch.randn_like(logits)
         yield noise * (classes**0.5 / noise.norm(dim=1, keepdim=True))
-    elif direction == "all":
-        for c in range(classes):
-            seed = torch.zeros_like(logits)
-            seed[:, c] = 1
-            yield seed
-    else:
-        assert y is not None
-        label = F.one_hot(y, classes).to(logits.dtype)
-        yield label if direction == "label" else label - F.one_hot(rivals(logits, y, 1)[:, 0], classes)
+        return
+    for c in range(classes):
+        seed = torch.zeros_like(logits)
+        seed[:, c] = 1
+        yield seed
 
 
 def rivals(logits: torch.Tensor, y: torch.Tensor, k: int) -> torch.Tensor:

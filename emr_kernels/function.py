@@ -10,11 +10,15 @@ import torch
 
 from emr_kernels.directions import seeds
 from emr_kernels.linearize.program import Point, Program
+from emr_kernels.once import differentiable_once
 from emr_kernels.ops import sq_norms
 from emr_kernels.options import PenaltyOptions
 
 if TYPE_CHECKING:
     from emr_kernels.graphed import GraphCache
+
+#: What its gradient is called where it is refused.
+PENALTY = "the effective weight penalty"
 
 
 @dataclass
@@ -169,7 +173,7 @@ class PenaltyFunction(torch.autograd.Function):
             for grad, tensor in zip(grads, inputs, strict=True)
         ]
         if torch.is_grad_enabled():
-            scaled = differentiable_once(scaled, [t for t in inputs if t.requires_grad])
+            scaled = differentiable_once(PENALTY, scaled, [t for t in inputs if t.requires_grad])
         return (None, *scaled)
 
 
@@ -236,27 +240,3 @@ class Sink:
 def wide(tensor: torch.Tensor) -> torch.Tensor:
     """At least float32."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-class _DifferentiatedOnce(torch.autograd.Function):
-    """Gradients, as functions of the tensors that they depend on, with a backward that refuses."""
-
-    @staticmethod
-    def forward(ctx: Any, sources: int, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return tuple(grad.view_as(grad) for grad in tensors[sources:])
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Any) -> Any:
-        raise RuntimeError(
-            "the gradient of the effective weight penalty was differentiated again; it has no second derivative "
-            "here. Use double backward on the model itself for that."
-        )
-
-
-def differentiable_once(grads: list[torch.Tensor | None], sources: list[torch.Tensor]) -> list[torch.Tensor | None]:
-    """Under `create_graph=True`, gradients that raise when differentiated, instead of passing for constants."""
-    present = [g for g in grads if g is not None]
-    if not present:
-        return grads
-    guarded = iter(_DifferentiatedOnce.apply(len(sources), *sources, *present))  # type: ignore[no-untyped-call]
-    return [None if g is None else next(guarded) for g in grads]

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from emr_kernels.function import Request, Sink, add_penalty, differentiable_once, report, wide
+from emr_kernels.function import PENALTY, Request, Sink, add_penalty, report, wide
+from emr_kernels.once import differentiable_once
 
 
 class LogitsAndPenalty(torch.autograd.Function):
@@ -73,5 +74,5 @@ class LogitsAndPenalty(torch.autograd.Function):
             None if total is None else total.to(tensor.dtype) for total, tensor in zip(totals, inputs, strict=True)
         ]
         if torch.is_grad_enabled():
-            results = differentiable_once(results, [t for t in inputs if t.requires_grad])
+            results = differentiable_once(PENALTY, results, [t for t in inputs if t.requires_grad])
         return (None, *results)

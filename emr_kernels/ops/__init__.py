@@ -5,18 +5,23 @@ from __future__ import annotations
 from emr_kernels.ops._format import dense_format
 from emr_kernels.ops.affine_relu import affine_relu, affine_relu_jvp, affine_relu_vjp
 from emr_kernels.ops.bits import pack_bits, unpack_bits
+from emr_kernels.ops.logit_seeds import LogitSeeds, logit_seeds
 from emr_kernels.ops.pgd_start import pgd_start
 from emr_kernels.ops.pgd_step import pgd_step
+from emr_kernels.ops.robust_losses import robust_losses
 from emr_kernels.ops.sq_norms import sq_norms
 
 __all__ = [
+    "LogitSeeds",
     "affine_relu",
     "affine_relu_jvp",
     "affine_relu_vjp",
     "dense_format",
+    "logit_seeds",
     "pack_bits",
     "pgd_start",
     "pgd_step",
+    "robust_losses",
     "sq_norms",
     "unpack_bits",
 ]

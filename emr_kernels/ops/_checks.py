@@ -62,6 +62,38 @@ def check_out(out: torch.Tensor, like_name: str, like: torch.Tensor, memory_form
         raise ValueError(f"out has strides {out.stride()}; expected a dense tensor in {memory_format}")
 
 
+def check_one_of(name: str, value: object, known: tuple[str, ...]) -> None:
+    """One of a few names."""
+    if not isinstance(value, str) or value not in known:
+        raise ValueError(f"{name} is {value!r}; expected one of {', '.join(map(repr, known))}")
+
+
+def check_rows(name: str, logits: torch.Tensor, least: int) -> None:
+    """Floating rows `[N, C]` with at least so many classes."""
+    check_floating(name, logits)
+    if logits.dim() != 2 or logits.shape[1] < least:
+        raise ValueError(f"{name} has shape {tuple(logits.shape)}; expected [N, C] with C >= {least}")
+
+
+def check_classes(name: str, classes: torch.Tensor, like_name: str, logits: torch.Tensor) -> None:
+    """One class index for each row of `logits` `[N, C]`; the indices are read on the CPU only, where nothing waits."""
+    if not isinstance(classes, torch.Tensor):
+        raise TypeError(f"{name} is {type(classes).__name__}; expected a tensor")
+    if classes.dtype != torch.int64:
+        raise TypeError(f"{name} has dtype {classes.dtype}; expected torch.int64 class indices")
+    if classes.shape != logits.shape[:1]:
+        raise ValueError(
+            f"{name} has shape {tuple(classes.shape)}; expected ({logits.shape[0]},), one for each row of {like_name}"
+        )
+    if classes.device != logits.device:
+        raise ValueError(f"{name} is on device {classes.device}; expected {logits.device}, that of {like_name}")
+    if classes.is_cpu and classes.numel() and not torch.compiler.is_compiling():
+        low, high = (int(t) for t in classes.aminmax())
+        if low < 0 or high >= logits.shape[1]:
+            wrong = low if low < 0 else high
+            raise ValueError(f"{name} holds {wrong}; expected class indices in [0, {logits.shape[1]})")
+
+
 def check_not_differentiated(operator: str, **tensors: torch.Tensor | None) -> None:
     """The operators have no derivative of their own: refuse where one would be lost silently.
 

@@ -1,10 +1,15 @@
-"""Dense memory orders: in which order a tensor's elements lie, and back."""
+"""Dense memory orders: in which order a tensor's elements lie, and back; and the dtype of arithmetic."""
 
 from __future__ import annotations
 
 import torch
 
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def compute_dtype(tensor: torch.Tensor) -> torch.dtype:
+    """float64 for float64, else float32: the arithmetic of every operator."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 def dense_format(tensor: torch.Tensor) -> torch.memory_format:

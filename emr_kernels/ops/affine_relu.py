@@ -9,14 +9,10 @@ from __future__ import annotations
 import torch
 
 from emr_kernels.ops import _checks, _dispatch
-from emr_kernels.ops._format import dense_format, to_format
+from emr_kernels.ops._format import compute_dtype, dense_format, to_format
 from emr_kernels.ops.bits import pack_bits_reference, unpack_bits_reference
 
 _Optional = torch.Tensor | None
-
-
-def _compute_dtype(tensor: torch.Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 def _channelwise(vector: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -25,7 +21,7 @@ def _channelwise(vector: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 def _masked(vector: torch.Tensor, bits: torch.Tensor, negative_slope: float) -> torch.Tensor:
     """vector * slope(bits) in the computation's dtype; exactly 0 where the slope is."""
-    wide = vector.to(_compute_dtype(vector))
+    wide = vector.to(compute_dtype(vector))
     other = wide * negative_slope if negative_slope != 0 else torch.zeros((), dtype=wide.dtype, device=wide.device)
     return torch.where(unpack_bits_reference(bits, vector), wide, other)
 
@@ -34,7 +30,7 @@ def affine_relu_reference(
     a: torch.Tensor, scale: _Optional, shift: _Optional, skip: _Optional, negative_slope: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`affine_relu` in plain PyTorch, for a dense `a` and a scale and shift in the computation's dtype."""
-    t = a.to(_compute_dtype(a))
+    t = a.to(compute_dtype(a))
     if scale is not None:
         t = t * _channelwise(scale, a)
     if shift is not None:
@@ -115,7 +111,7 @@ def _affine_relu_vjp_fake(
 def _affine_relu_jvp_fake(
     u: torch.Tensor, bits: torch.Tensor, scale: _Optional, negative_slope: float, delta: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.empty_like(u), u.new_empty((u.shape[1],), dtype=_compute_dtype(u))
+    return torch.empty_like(u), u.new_empty((u.shape[1],), dtype=compute_dtype(u))
 
 
 def _affine_relu_out_fake(
@@ -144,7 +140,7 @@ def _affine_relu_jvp_out_fake(
     delta: torch.Tensor,
     out: torch.Tensor,
 ) -> torch.Tensor:
-    return u.new_empty((u.shape[1],), dtype=_compute_dtype(u))
+    return u.new_empty((u.shape[1],), dtype=compute_dtype(u))
 
 
 _affine_relu = _dispatch.define(
@@ -186,7 +182,7 @@ def _coefficients(name: str, vector: _Optional, like_name: str, like: torch.Tens
     if vector is None:
         return None
     _checks.check_channels(name, vector, like_name, like)
-    dtype = _compute_dtype(like)
+    dtype = compute_dtype(like)
     return (vector if vector.dtype == dtype else vector.to(dtype)).contiguous()
 
 
