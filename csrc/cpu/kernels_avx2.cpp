@@ -1,6 +1,7 @@
 // The kernels compiled for AVX2 and F16C.
 #include "kernels.h"
 #include "steps.h"
+#include "rows.h"
 
 #if EMR_X86
 #include <immintrin.h>
@@ -23,11 +24,17 @@ namespace avx2 {
 #include "affine_relu.inc"
 #include "steps.inc"
 
+#include "exp_log.inc"
+#include "rows.inc"
+#include "logit_seeds.inc"
+#include "robust_losses.inc"
+
 }  // namespace avx2
 
 const Kernels& kernels_avx2(Dtype dtype) { return avx2::table(dtype); }
 SquareSum square_sum_avx2(Dtype dtype) { return avx2::square_sum_of(dtype); }
 const StepKernels& step_kernels_avx2(Dtype x, Dtype gradient) { return avx2::step_kernels_of(x, gradient); }
+const RowKernels& row_kernels_avx2(Dtype dtype) { return avx2::row_table(dtype); }
 
 }  // namespace emr
 

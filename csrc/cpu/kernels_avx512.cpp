@@ -1,6 +1,7 @@
 // The kernels compiled for AVX-512 F, BW, DQ and VL.
 #include "kernels.h"
 #include "steps.h"
+#include "rows.h"
 
 #if EMR_X86
 #include <immintrin.h>
@@ -23,11 +24,17 @@ namespace avx512 {
 #include "affine_relu.inc"
 #include "steps.inc"
 
+#include "exp_log.inc"
+#include "rows.inc"
+#include "logit_seeds.inc"
+#include "robust_losses.inc"
+
 }  // namespace avx512
 
 const Kernels& kernels_avx512(Dtype dtype) { return avx512::table(dtype); }
 SquareSum square_sum_avx512(Dtype dtype) { return avx512::square_sum_of(dtype); }
 const StepKernels& step_kernels_avx512(Dtype x, Dtype gradient) { return avx512::step_kernels_of(x, gradient); }
+const RowKernels& row_kernels_avx512(Dtype dtype) { return avx512::row_table(dtype); }
 
 }  // namespace emr
 

@@ -1,6 +1,9 @@
 // The kernels compiled for what every processor of the architecture has (SSE2 on x86-64).
 #include "kernels.h"
 #include "steps.h"
+#include "rows.h"
+
+#include <torch/headeronly/util/Half.h>
 
 #if EMR_X86
 #include <immintrin.h>
@@ -25,10 +28,16 @@ __attribute__((noinline)) static uint16_t float_to_half(float value) {
 #include "affine_relu.inc"
 #include "steps.inc"
 
+#include "exp_log.inc"
+#include "rows.inc"
+#include "logit_seeds.inc"
+#include "robust_losses.inc"
+
 }  // namespace baseline
 
 const Kernels& kernels_baseline(Dtype dtype) { return baseline::table(dtype); }
 SquareSum square_sum_baseline(Dtype dtype) { return baseline::square_sum_of(dtype); }
 const StepKernels& step_kernels_baseline(Dtype x, Dtype gradient) { return baseline::step_kernels_of(x, gradient); }
+const RowKernels& row_kernels_baseline(Dtype dtype) { return baseline::row_table(dtype); }
 
 }  // namespace emr

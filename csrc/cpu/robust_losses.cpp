@@ -1,0 +1,61 @@
+// robust_losses on the CPU.
+#include <string>
+
+#include "over_rows.h"
+
+namespace emr::cpu {
+namespace {
+
+rows::LossKind kind_of(const std::string& name) {
+  constexpr const char* kNames[] = {"ce", "kl", "trades", "mart"};
+  for (int i = 0; i < 4; ++i) {
+    if (name == kNames[i]) {
+      return static_cast<rows::LossKind>(i);
+    }
+  }
+  STD_TORCH_CHECK(false, "unknown kind of loss: ", name);
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> robust_losses(
+    const Tensor& adversarial, const OptionalTensor& clean, const OptionalTensor& y, const OptionalTensor& weights,
+    const std::string& kind, double beta, double smoothing, bool mail, double slope, double bias) {
+  check_logits(adversarial, 2);
+  const int64_t rows = adversarial.size(0), classes = adversarial.size(1);
+  const rows::LossOptions options{kind_of(kind), beta, smoothing, mail, slope, bias, classes};
+  STD_TORCH_CHECK(options.has_clean() == clean.has_value(), "expected clean logits for every kind but ce");
+  STD_TORCH_CHECK(y || (options.kind == rows::LossKind::kl && !mail), "expected class indices");
+  const ScalarType wide = compute_type(adversarial);
+  if (clean) {
+    check_same(*clean, adversarial, false);
+  }
+  if (weights) {
+    STD_TORCH_CHECK(
+        weights->scalar_type() == wide && weights->is_contiguous() && weights->numel() == rows,
+        "expected one contiguous weight of the compute type for each row");
+  }
+  Tensor loss = torch::stable::new_empty(adversarial, {rows}, wide);
+  Tensor grad = torch::stable::new_empty(adversarial, {rows, classes}, wide);
+  Tensor clean_grad = clean ? torch::stable::new_empty(adversarial, {rows, classes}, wide)
+                            : torch::stable::new_empty(adversarial, {0}, wide);
+  const LossTask task{
+      adversarial.const_data_ptr(),
+      clean ? clean->const_data_ptr() : nullptr,
+      checked_classes(y, adversarial),
+      weights ? weights->const_data_ptr() : nullptr,
+      loss.mutable_data_ptr(),
+      grad.mutable_data_ptr(),
+      clean_grad.mutable_data_ptr(),
+      options};
+  over_rows(adversarial, [&](const RowKernels& kernels, int64_t begin, int64_t end, void* scratch) {
+    kernels.losses(task, begin, end, scratch);
+  });
+  return {std::move(loss), std::move(grad), std::move(clean_grad)};
+}
+
+}  // namespace emr::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(emr, CPU, m) {
+  m.impl("robust_losses", TORCH_BOX(&emr::cpu::robust_losses));
+}
