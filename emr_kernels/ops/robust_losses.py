@@ -45,9 +45,7 @@ def _boosted(adv: Softmax, y: torch.Tensor, rival: torch.Tensor) -> tuple[torch.
     return -_at(adv.log_p, y) - torch.log(room), grad
 
 
-def _divergence(
-    clean: Softmax, adv: Softmax, floor: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _divergence(clean: Softmax, adv: Softmax, floor: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """KL(clean || adv + floor) `[N, 1]`, and its gradients in the adversarial and the clean logits, `[N, C]`."""
     difference = clean.log_p - (torch.log(adv.p + floor) if floor else adv.log_p)
     loss = torch.where(clean.p == 0, 0, clean.p * difference).sum(1, keepdim=True)
@@ -186,7 +184,9 @@ def robust_losses(
     _checks.check_rows("adversarial", adversarial, 2)
     _checks.check_not_differentiated("robust_losses", adversarial=adversarial, clean=clean, weights=weights)
     if (clean is None) != (kind == "ce"):
-        raise ValueError(f"clean is {'None' if clean is None else 'given'} with kind {kind!r}; expected it but for 'ce'")
+        raise ValueError(
+            f"clean is {'None' if clean is None else 'given'} with kind {kind!r}; expected for all but 'ce'"
+        )
     if clean is not None:
         _checks.check_like("clean", clean, "adversarial", adversarial)
         clean = clean.contiguous()
