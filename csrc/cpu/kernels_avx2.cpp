@@ -1,7 +1,7 @@
 // The kernels compiled for AVX2 and F16C.
 #include "kernels.h"
-#include "steps.h"
 #include "rows.h"
+#include "steps.h"
 
 #if EMR_X86
 #include <immintrin.h>
@@ -23,7 +23,6 @@ namespace avx2 {
 
 #include "affine_relu.inc"
 #include "steps.inc"
-
 #include "exp_log.inc"
 #include "rows.inc"
 #include "logit_seeds.inc"

@@ -1,7 +1,7 @@
 // The kernels compiled for AVX-512 F, BW, DQ and VL.
 #include "kernels.h"
-#include "steps.h"
 #include "rows.h"
+#include "steps.h"
 
 #if EMR_X86
 #include <immintrin.h>
@@ -23,7 +23,6 @@ namespace avx512 {
 
 #include "affine_relu.inc"
 #include "steps.inc"
-
 #include "exp_log.inc"
 #include "rows.inc"
 #include "logit_seeds.inc"

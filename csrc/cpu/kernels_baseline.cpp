@@ -1,7 +1,7 @@
 // The kernels compiled for what every processor of the architecture has (SSE2 on x86-64).
 #include "kernels.h"
-#include "steps.h"
 #include "rows.h"
+#include "steps.h"
 
 #include <torch/headeronly/util/Half.h>
 
@@ -27,7 +27,6 @@ __attribute__((noinline)) static uint16_t float_to_half(float value) {
 
 #include "affine_relu.inc"
 #include "steps.inc"
-
 #include "exp_log.inc"
 #include "rows.inc"
 #include "logit_seeds.inc"

@@ -7,11 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from emr_kernels.ops import _checks, _dispatch
-from emr_kernels.ops._format import dense_samples
-
-
-def _compute_dtype(tensor: torch.Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+from emr_kernels.ops._format import compute_dtype, dense_samples
 
 
 def _result_dtype(tensors: Sequence[torch.Tensor]) -> torch.dtype:
@@ -25,7 +21,7 @@ def sq_norms_reference(tensors: list[torch.Tensor]) -> torch.Tensor:
     for tensor in tensors:
         samples = tensor.flatten(1) if tensor.dim() > 1 else tensor[:, None]
         # No temporary of the tensor's size, as a product would need; the root and its square cost one rounding.
-        norm = torch.linalg.vector_norm(samples, dim=1, dtype=_compute_dtype(tensor))
+        norm = torch.linalg.vector_norm(samples, dim=1, dtype=compute_dtype(tensor))
         rows.append(norm.square().to(dtype))
     return torch.stack(rows)
 
