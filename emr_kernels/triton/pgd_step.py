@@ -58,29 +58,28 @@ def l2_kernel(x, origin, gradient, out, step_sizes, step_size, epsilon, lower, u
     a = step_size
     if step_sizes is not None:
         a = tl.load(step_sizes + n)
+    first = n * size
+    i = tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
     for start in range(0, size, BLOCK):
-        i = start + tl.arange(0, BLOCK)
-        g = _read(gradient, n * size + i, i < size)
+        g = _read(gradient + first + start, i, i < size - start)
         total += g * g
     scale = tl.div_rn(a, tl.sqrt_rn(tl.sum(total, 0)) + 1e-12)
     total = tl.zeros([BLOCK], tl.float32)
     for start in range(0, size, BLOCK):
-        i = start + tl.arange(0, BLOCK)
-        place = n * size + i
-        t = _read(x, place, i < size) + _read(gradient, place, i < size) * scale
-        delta = t - _read(origin, place, i < size)
+        place, inside = first + start, i < size - start
+        t = _read(x + place, i, inside) + _read(gradient + place, i, inside) * scale
+        delta = t - _read(origin + place, i, inside)
         total += delta * delta
     distance = tl.sqrt_rn(tl.sum(total, 0))
     within = distance <= epsilon
     shrink = tl.div_rn(epsilon, distance)
     for start in range(0, size, BLOCK):
-        i = start + tl.arange(0, BLOCK)
-        place = n * size + i
-        t = _read(x, place, i < size) + _read(gradient, place, i < size) * scale
-        o = _read(origin, place, i < size)
+        place, inside = first + start, i < size - start
+        t = _read(x + place, i, inside) + _read(gradient + place, i, inside) * scale
+        o = _read(origin + place, i, inside)
         t = tl.where(within, t, o + (t - o) * shrink)
-        tl.store(out + place, _clamped(t, lower, upper).to(out.dtype.element_ty), mask=i < size)
+        tl.store(out + place + i, _clamped(t, lower, upper).to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
