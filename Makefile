@@ -8,7 +8,7 @@ SOURCES := $(shell find csrc -type f) emr_kernels/_build.py emr_kernels/_nvcc.py
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DELETE_ON_ERROR:
-.PHONY: demo test lint format typecheck triton-check cuda-check clean
+.PHONY: demo test lint format typecheck triton-check cuda-check gpu-check clean
 
 # The demo's nets are so small that a second thread costs more than it gives.
 demo: export OMP_NUM_THREADS ?= 1
@@ -21,6 +21,10 @@ test: $(VENV)/installed
 # Needs nvcc, but neither a GPU nor a CUDA build of torch; says so where it skips.
 cuda-check: $(VENV)/installed
 	$(BIN)/python tests/cuda_check.py
+
+# For a machine with a GPU, with the python that has a CUDA build of torch; needs no network and no .venv.
+gpu-check:
+	$(PYTHON) -m benchmarks.gpu_check
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

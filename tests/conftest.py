@@ -19,6 +19,9 @@ if str(Path(__file__).parent) not in sys.path:
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# Convolutions in TF32 keep three digits; the tests compare with more.
+torch.backends.cudnn.allow_tf32 = False
+
 # The models are tiny: on a shared machine a second thread costs far more in waiting than it gives.
 torch.set_num_threads(1)
 

@@ -82,7 +82,7 @@ def seeds(logits: Tensor, y: Tensor | None, temperature: float, direction: str, 
     if direction == "softmax":
         mixes = [torch.softmax(z / temperature, dim=1)]
     elif direction == "all":
-        mixes = [row.expand_as(z) for row in torch.eye(z.shape[1], dtype=z.dtype)]
+        mixes = [row.expand_as(z) for row in torch.eye(z.shape[1], dtype=z.dtype, device=z.device)]
     else:
         assert y is not None
         onehot = F.one_hot(y, z.shape[1]).to(z.dtype)
@@ -113,7 +113,7 @@ def per_sample_penalty(
     with sdpa_kernel(SDPBackend.MATH), evaluation_mode(model), captured_inputs(model, layers) as captured:
         logits = model(x)
         points = [x if name == "input" else captured[name] for name in layers]
-        squares = {name: torch.zeros(len(x), dtype=logits.dtype) for name in layers}
+        squares = {name: logits.new_zeros(len(x)) for name in layers}
         for seed in seeds(logits, y, temperature, direction, center):
             cotangents = torch.autograd.grad((seed * logits).sum(), points, create_graph=True)
             for name, g in zip(layers, cotangents, strict=True):

@@ -139,6 +139,7 @@ def test_the_model_still_pickles() -> None:
 FLOAT32 = [entry for entry in zoo.ENTRIES if entry.engine == "linearized" and entry.reference_build is None]
 
 
+@pytest.mark.device
 @pytest.mark.parametrize("entry", FLOAT32, ids=lambda entry: entry.id)
 def test_float32_is_as_good_as_double_backward_in_float32(entry: zoo.Entry) -> None:
     """Against float64, at most 10 times the error of plain float32 double backward, or 1e-3."""

@@ -13,6 +13,7 @@ import zoo
 from emr_kernels import EffectiveWeightPenalty, linearize
 from emr_kernels.linearize.cache import find_program
 
+pytestmark = pytest.mark.device
 COPIES = (torch.ops.aten.clone.default, torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
 
 

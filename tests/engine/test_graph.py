@@ -143,12 +143,13 @@ def test_a_failed_capture_is_told_and_not_tried_again(monkeypatch: pytest.Monkey
     assert penalty.graph_reason == "capture failed: operation not permitted when stream is capturing"
 
 
+@pytest.mark.device
 @needs_cuda
 @pytest.mark.parametrize("entry_id", ["mlp_batchnorm", "wrn_16_4", "weight_norm"])
 def test_a_real_graph(entry_id: str) -> None:
     entry = zoo.get(entry_id)
     model = entry.make(torch.float32).cuda()
-    x, y = (t.cuda() for t in entry.data(8, torch.float32))
+    x, y = (tensor.cuda() for tensor in entry.data(8, torch.float32))
     graph, plain = EffectiveWeightPenalty(model, graph=True), EffectiveWeightPenalty(model)
     for call in range(3):
         batch = x + 0.01 * call

@@ -34,6 +34,7 @@ def autograd_jvp(model: nn.Module, x: Tensor, tangent: Tensor) -> Tensor:
         return torch.autograd.grad(g, v, tangent)[0]
 
 
+@pytest.mark.device
 @pytest.mark.parametrize("entry", LINEARIZABLE, ids=lambda entry: entry.id)
 def test_passes_equal_autograd_and_are_adjoint(entry: Entry) -> None:
     model, twin = entry.shared(), entry.make(reference=True)

@@ -41,6 +41,7 @@ def nonzero(found: dict[str, Tensor | None], reference: dict[str, Tensor | None]
     return [e for n, e in errors(found, reference).items() if (g := reference[n]) is not None and g.any()]
 
 
+@pytest.mark.device
 @pytest.mark.parametrize("entry_id", [*MODELS, "preact_resnet18_narrow", "small_cnn", "transformer_encoder_layer"])
 def test_float32(entry_id: str) -> None:
     entry = zoo.get(entry_id)
@@ -55,6 +56,7 @@ def test_float32(entry_id: str) -> None:
     assert all(g is None or g.dtype == torch.float32 for g in gradients(model).values())
 
 
+@pytest.mark.device
 @pytest.mark.parametrize("dtype", LOW, ids=str)
 @pytest.mark.parametrize("entry_id", MODELS)
 def test_autocast(entry_id: str, dtype: torch.dtype) -> None:
@@ -64,7 +66,7 @@ def test_autocast(entry_id: str, dtype: torch.dtype) -> None:
     model = entry.make(torch.float32)
     x, _ = entry.data(8, torch.float32)
     penalty = EffectiveWeightPenalty(model, temperature=1.0, reduction="mean")
-    with torch.autocast("cpu", dtype=dtype):
+    with torch.autocast(zoo.DEVICE.type, dtype=dtype):
         value = penalty(x)
     value.backward()
     assert penalty.engine == "linearized", penalty.engine_reason
@@ -91,7 +93,7 @@ def test_autocast_runs_convolutions_in_its_dtype(entry_id: str, dtype: torch.dty
     model = entry.make(torch.float32)
     x, _ = entry.data(4, torch.float32)
     penalty = EffectiveWeightPenalty(model)
-    with torch.autocast("cpu", dtype=dtype):
+    with torch.autocast(zoo.DEVICE.type, dtype=dtype):
         penalty(x)
         with Convolutions():
             value = penalty(x)
@@ -139,6 +141,7 @@ def test_the_whole_loss_trains_under_autocast_with_a_grad_scaler() -> None:
     assert losses[-1] < losses[0] and scaler.get_scale() == 1024.0
 
 
+@pytest.mark.device
 @pytest.mark.parametrize("dtype", LOW, ids=str)
 @pytest.mark.parametrize("entry_id", MODELS)
 def test_low_precision_models(entry_id: str, dtype: torch.dtype) -> None:
@@ -157,6 +160,7 @@ def test_low_precision_models(entry_id: str, dtype: torch.dtype) -> None:
     assert median(nonzero(gradients(model), reference)) < 2 * TOLERANCES[dtype]
 
 
+@pytest.mark.device
 @pytest.mark.parametrize("layout", ["input", "model", "both"])
 @pytest.mark.parametrize("entry_id", ["wrn_10_2", "densenet", "act_silu", "pool_max_overlapping", "squeeze_excite"])
 def test_channels_last(entry_id: str, layout: str) -> None:

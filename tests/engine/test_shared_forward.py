@@ -57,6 +57,7 @@ def assert_equal_gradients(found: list[Tensor], expected: list[Tensor], toleranc
         assert float((a - b).norm()) <= tolerance * max(float(b.norm()), VANISHING * largest)
 
 
+@pytest.mark.device
 @pytest.mark.parametrize("entry", [e for e in ENTRIES if e.engine == "linearized"], ids=lambda entry: entry.id)
 @pytest.mark.filterwarnings("ignore")
 def test_zoo(entry: Entry) -> None:

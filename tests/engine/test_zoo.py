@@ -16,6 +16,7 @@ from zoo import ENTRIES, Entry
 
 by_id = pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.id)
 TEMPERATURE = 0.7
+pytestmark = pytest.mark.device
 
 
 def fallback_notices(caught: list[warnings.WarningMessage]) -> list[str]:
@@ -28,7 +29,7 @@ def check(
     """Value and gradients of parameters and x; unequal weights, so that no sample stands for another."""
     twin = entry.make(reference=True)
     x, y = entry.data(batch)
-    weights = torch.linspace(-1, 2, batch, dtype=x.dtype) if reduction == "none" else None
+    weights = torch.linspace(-1, 2, batch, dtype=x.dtype, device=x.device) if reduction == "none" else None
     penalty.prepare(x)
     model.zero_grad()
     twin.load_state_dict(model.state_dict())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from zoo import attention, awkward, convolutional, layers, refused
-from zoo.entry import Entry
+from zoo.entry import DEVICE, Entry
 
 ENTRIES: list[Entry] = [
     *layers.ENTRIES,
@@ -20,4 +20,4 @@ def get(entry_id: str) -> Entry:
     return BY_ID[entry_id]
 
 
-__all__ = ["BY_ID", "ENTRIES", "Entry", "get"]
+__all__ = ["BY_ID", "DEVICE", "ENTRIES", "Entry", "get"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 CLASSES = 4
+#: Where the tests marked `device` run: EMR_TEST_DEVICE, the CPU by default.
+DEVICE = torch.device(os.environ.get("EMR_TEST_DEVICE", "cpu"))
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class Entry:
             torch.manual_seed(zlib.crc32(self.id.encode()))
             model = ((self.reference_build if reference else None) or self.build)()
             randomise(model)
-        return model.to(dtype)
+        return model.to(DEVICE, dtype)
 
     def shared(self) -> nn.Module:
         """One float64 model, gradients cleared, for all tests that leave it as it was: one export."""
@@ -57,7 +60,7 @@ class Entry:
         generator = torch.Generator().manual_seed(zlib.crc32(self.id.encode()) + 1)
         n = batch or self.batch
         x = torch.rand(n, *self.shape, generator=generator)
-        return x.to(dtype), torch.randint(0, CLASSES, (n,), generator=generator)
+        return x.to(DEVICE, dtype), torch.randint(0, CLASSES, (n,), generator=generator).to(DEVICE)
 
 
 @cache
