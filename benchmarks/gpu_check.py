@@ -87,9 +87,7 @@ def parts(device: str, folder: Path, rehearse: bool) -> list[Part]:
         Part("racecheck", cases, 60, tool=("compute-sanitizer", "--tool", "racecheck", *sanitizer)),
         penalty("penalty-bf16", large, "bf16", 60),
         penalty("penalty-fp32", small, "fp32", 40),
-        Part(
-            "micro", ("-m", "benchmarks.micro", "--device", device, "--output", micro, *quick), 90, True, output=micro
-        ),
+        Part("micro", measure, 90, alone=True, output=micro),
     ]
 
 
