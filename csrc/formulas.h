@@ -1,6 +1,6 @@
-// Arithmetic that the CPU and the GPU share: number types, conversions, and each operator's formula. Nothing is contracted
-// to a fused multiply-add (the build says so to both compilers), so both round alike; where an fma is wanted, call fmaf.
-// Functions are static: a file compiled for one instruction set must not lend its copy to the others.
+// Arithmetic that the CPU and the GPU share: number types, conversions, and each operator's formula. Nothing is
+// contracted to a fused multiply-add (the build says so to both compilers), so both round alike; where an fma is wanted,
+// call fmaf. Functions are static: a file compiled for one instruction set must not lend its copy to the others.
 #pragma once
 
 #include <cstdint>

@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <type_traits>
 
 #include "../layout.h"
 #include "lanes.h"
@@ -20,7 +21,6 @@ extern "C" AOTI_TORCH_EXPORT AOTITorchError aoti_torch_get_current_cuda_stream(i
 
 namespace emr::cuda {
 
-inline constexpr int kThreads = 256;
 inline constexpr int kWarp = 32;
 
 // Makes a tensor's device the current one as long as it lives, and knows torch's current stream there.
@@ -38,13 +38,12 @@ class OnDeviceOf {
   cudaStream_t stream_;
 };
 
-// Directly after a launch: throws what the launch itself got wrong.
-inline void check_launch(const char* kernel) {
-  const cudaError_t error = cudaGetLastError();
-  STD_TORCH_CHECK(error == cudaSuccess, "CUDA kernel ", kernel, " was not launched: ", cudaGetErrorString(error));
+inline void check(cudaError_t error, const char* what) {
+  STD_TORCH_CHECK(error == cudaSuccess, what, " failed: ", cudaGetErrorString(error));
 }
 
-inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+// Directly after a launch: throws what the launch itself got wrong.
+inline void check_launch(const char* kernel) { check(cudaGetLastError(), kernel); }
 
 // Blocks for so many pieces of work; the x dimension of a grid takes 2^31 - 1.
 inline unsigned blocks_for(int64_t work, int64_t per_block) {
@@ -66,6 +65,12 @@ void by_dtype(const Tensor& t, const F& f) {
     default:
       STD_TORCH_CHECK(false, "expected float32, bfloat16 or float16 on CUDA");
   }
+}
+
+// Calls f with std::true_type or std::false_type, to choose a template's argument.
+template <class F>
+void by_bool(bool value, const F& f) {
+  value ? f(std::true_type{}) : f(std::false_type{});
 }
 
 // The sum over `width` neighbouring lanes (a power of two), the same in each; all lanes of the warp take part.
