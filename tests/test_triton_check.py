@@ -39,10 +39,18 @@ def spilling_kernel(x, n, BLOCK: tl.constexpr):
     tl.store(x + i, a * tl.sum(a))
 
 
+@triton.autotune([triton.Config({"BLOCK": 128}, num_warps=2), triton.Config({"BLOCK": 256})], key=["n"])
+@triton.jit
+def tuned_kernel(x, n, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(x + i, tl.load(x + i, mask=i < n) * n + 1, mask=i < n)
+
+
 def examples():
     x = torch.empty(4096, device="meta")
     common.launch(good_kernel, 1, x, x, 4096, BLOCK=256)
     common.launch(untyped_kernel, 1, x, x, 4096, BLOCK=256)
+    common.launch(tuned_kernel, lambda meta: (triton.cdiv(4096, meta["BLOCK"]),), x, x, 4096)
     common.launch(spilling_kernel, 1, x, x, 4096, BLOCK=16384, num_warps=1)
 """
 
@@ -56,20 +64,40 @@ def forgotten_kernel(x):
 """
 
 
+def run(*command: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": os.pathsep.join([str(folder), *sys.path]), "TRITON_CACHE_DIR": str(folder / "cache")}
+    return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
+
+
 def test_tells_what_fails(tmp_path: Path) -> None:
     (tmp_path / "kernels.py").write_text(KERNELS)
     (tmp_path / "forgotten.py").write_text(FORGOTTEN)
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(tmp_path), *sys.path])
-    command = [sys.executable, "-m", "emr_kernels.triton.check", "kernels", "forgotten", "--capability=90", "--jobs=1"]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    options = ("--capability=90", "--jobs=1")
+    result = run("-m", "emr_kernels.triton.check", "kernels", "forgotten", *options, folder=tmp_path)
     assert result.returncode == 1, result.stdout + result.stderr
-    failures = result.stdout[result.stdout.index("3 failed:") :]
+    passed, failures = result.stdout.split("3 failed:")
     assert "forgotten_kernel is in no example of forgotten" in failures
     assert "untyped_kernel *fp32 BLOCK=256 warps=4: sm_90 FAILED: CompilationError" in failures
     assert "spilling_kernel *fp32 BLOCK=16384 warps=1: sm_90 FAILED: RuntimeError: spills" in failures
-    assert "good_kernel" not in failures
-    assert re.search(r"good_kernel \*fp32 BLOCK=256 warps=4: sm_90 \d+ registers, 0 bytes shared", result.stdout)
+    assert "good_kernel" not in failures and "tuned_kernel" not in failures
+    for name in ("good_kernel *fp32 BLOCK=256 warps=4", "tuned_kernel *fp32 BLOCK=128 warps=2"):
+        assert re.search(rf"{re.escape(name)}: sm_90 \d+ registers, 0 bytes shared", passed)
+    assert "tuned_kernel *fp32 BLOCK=256 warps=4" in passed
+
+
+CONTRACTED = """
+from emr_kernels.triton import check
+
+kernel = check.specialisations("emr_kernels.triton.affine_relu")[0]
+code = kernel.compile(90).asm["ptx"]
+print(kernel.name, code.count("mul.rn.f32") > 0, code.count("add.rn.f32") > 0, code.count("fma."))
+"""
+
+
+def test_products_and_sums_are_not_contracted(tmp_path: Path) -> None:
+    result = run("-c", CONTRACTED, folder=tmp_path)
+    assert result.stdout == "affine_relu_kernel True True 0\n", result.stdout + result.stderr
 
 
 def test_refuses_interpreted_kernels(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

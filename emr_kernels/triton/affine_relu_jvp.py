@@ -123,7 +123,7 @@ def affine_relu_jvp_out(
     """`emr::affine_relu_jvp_out`; out may be u or delta."""
     channels, inner = channels_and_inner(u)
     if u.numel() == 0:
-        return torch.zeros(channels, device=u.device)
+        return torch.zeros(channels, dtype=torch.float32, device=u.device)
     outer = u.numel() // (channels * inner)
     columns = inner if inner > 1 else channels
     tile = _TILE if columns % 8 == 0 else _TILE_OF_ODD_ROWS
@@ -133,7 +133,7 @@ def affine_relu_jvp_out(
     slots, tiles = (channels, row_tiles * column_tiles) if inner > 1 else (column_tiles, row_tiles)
     tiles_each = min(_TILES, max(1, slots * tiles // _PROGRAMS))
     chunks = common.cdiv(tiles, tiles_each)
-    partial = torch.empty((chunks, channels), device=u.device)
+    partial = torch.empty((chunks, channels), dtype=torch.float32, device=u.device)
     common.launch(
         affine_relu_jvp_kernel,
         slots * chunks,

@@ -250,6 +250,26 @@ def test_results_in_place(shape: tuple[int, ...], backend: Backend) -> None:
         assert torch.equal(delta, d_in)
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_programs_that_sum_several_tiles(memory_format: torch.memory_format, monkeypatch: pytest.MonkeyPatch) -> None:
+    launcher = pytest.importorskip("emr_kernels.triton", reason="Triton cannot be imported").launchers[
+        "affine_relu_jvp"
+    ]
+    # As a tensor of millions of elements has them; the last program of each channel has fewer.
+    monkeypatch.setattr(sys.modules[launcher.__module__], "_PROGRAMS", 3)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for channels in (2, 8):
+        u, delta = tensors(2, (3, channels, 40, 66), torch.float32, memory_format)
+        _, bits = reference.affine_relu_reference(u, None, None, None, 0.0)
+        out, dscale = launcher(u.to(device), bits.to(device), None, 0.0, delta.to(device))
+        expected, _ = reference.affine_relu_jvp_reference(u, bits, None, 0.0, delta)
+        assert torch.equal(out.cpu(), expected)
+        exact = (expected.double() * delta).sum((0, 2, 3))
+        # Rounding of the products, and of partial sums of at most a few hundred terms.
+        bound = (u.double() * delta.double()).abs().sum((0, 2, 3))
+        assert bool(((dscale.cpu() - exact).abs() <= 8 * torch.finfo(torch.float32).eps * bound).all())
+
+
 @pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("shape", [(8, 16, 40, 40), (4000, 33)], ids=str)
 def test_sums_do_not_depend_on_threads(shape: tuple[int, ...]) -> None:
