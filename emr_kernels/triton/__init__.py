@@ -12,21 +12,25 @@ from typing import Any
 from emr_kernels.triton.affine_relu import affine_relu, affine_relu_out, affine_relu_vjp, affine_relu_vjp_out
 from emr_kernels.triton.affine_relu_jvp import affine_relu_jvp, affine_relu_jvp_out
 from emr_kernels.triton.bits import pack_bits
+from emr_kernels.triton.logit_seeds import logit_seeds
 from emr_kernels.triton.pgd_start import pgd_start
 from emr_kernels.triton.pgd_step import pgd_step, pgd_step_out
+from emr_kernels.triton.robust_losses import robust_losses
 from emr_kernels.triton.sq_norms import sq_norms
 
 #: The launcher of each operator that has one, by the operator's name.
 launchers: dict[str, Callable[..., Any]] = {
     "affine_relu": affine_relu,
-    "affine_relu_out": affine_relu_out,
     "affine_relu_jvp": affine_relu_jvp,
     "affine_relu_jvp_out": affine_relu_jvp_out,
+    "affine_relu_out": affine_relu_out,
     "affine_relu_vjp": affine_relu_vjp,
     "affine_relu_vjp_out": affine_relu_vjp_out,
+    "logit_seeds": logit_seeds,
     "pack_bits": pack_bits,
     "pgd_start": pgd_start,
     "pgd_step": pgd_step,
     "pgd_step_out": pgd_step_out,
+    "robust_losses": robust_losses,
     "sq_norms": sq_norms,
 }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-from itertools import product
 from typing import Any
 
 import pytest
@@ -116,8 +115,9 @@ def compare(found: Any, arguments: tuple[Any, ...]) -> None:
 def test_backends(backend: Backend, dtype: torch.dtype, shape: tuple[int, int]) -> None:
     kernel = backend.kernel("robust_losses", dtype)
     a, c, y, w = example(*shape, dtype, 5.0)
-    for (kind, beta, smoothing, mail), weights in product(CASES, (None, w)):
+    for index, (kind, beta, smoothing, mail) in enumerate(CASES):
         slope, bias = mail or (0.0, 0.0)
+        weights = w if index % 3 else None
         tensors = (a, None if kind == "ce" else c, None if kind == "kl" and mail is None else y, weights)
         options = (kind, beta, smoothing, mail is not None, slope, bias)
         found = kernel(*(None if t is None else t.to(backend.device) for t in tensors), *options)
@@ -144,10 +144,8 @@ ROWS = torch.tensor(
 @pytest.mark.parametrize("kind", reference.KINDS)
 def test_special_values(backend: Backend, kind: str) -> None:
     kernel = backend.kernel("robust_losses", torch.float32)
-    # Every row with every other, side by side; and in rows wide enough to be worked on alone.
-    a, c = ROWS.repeat(len(ROWS), 1)[:48], ROWS.repeat_interleave(len(ROWS), 0)[:48]
-    if not backend.interpreted:
-        a, c = ROWS.repeat(len(ROWS), 1), ROWS.repeat_interleave(len(ROWS), 0)
+    # Each row with itself and with two others; side by side, and in rows wide enough to be worked on alone.
+    a, c = ROWS.repeat(3, 1), torch.cat([ROWS, ROWS.roll(1, 0), ROWS.roll(4, 0)])
     for fill in (0, 150):
         a, c = (torch.cat([t, torch.full((len(t), fill), -INF)], 1) for t in (a, c))
         for label in (0, 1):
