@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -150,7 +152,7 @@ def logit_seeds(
     runner_up = logits.new_empty((rows,), dtype=torch.int64)
     tile = tiling(classes)
     arguments = (logits, y, target, seed, loss, margin, runner_up, probability_margin, temperature, rows, classes)
-    constants = {"KIND": kind, "CENTER": center, "RANKS": 4 if kind.startswith("dlr") else 2}
+    constants: dict[str, Any] = {"KIND": kind, "CENTER": center, "RANKS": 4 if kind.startswith("dlr") else 2}
     common.launch(logit_seeds_kernel, common.cdiv(rows, tile["ROWS"]), logits, *arguments, **constants, **tile)
     return seed, loss, margin, runner_up, probability_margin
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -183,7 +185,7 @@ def robust_losses(
     clean_grad = grad.new_empty((0,)) if clean is None else torch.empty_like(grad)
     tile = tiling(classes)
     arguments = (adversarial, clean, y, weights, loss, grad, clean_grad, beta, smoothing, slope, bias, rows, classes)
-    constants = {"KIND": kind, "SMOOTH": smoothing != 0, "MAIL": mail}
+    constants: dict[str, Any] = {"KIND": kind, "SMOOTH": smoothing != 0, "MAIL": mail}
     grid = common.cdiv(rows, tile["ROWS"])
     common.launch(robust_losses_kernel, grid, adversarial, *arguments, **constants, **tile)
     return loss, grad, clean_grad

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 
@@ -12,8 +14,8 @@ _TILE = 512
 _NOTHING = tl.constexpr(-(2**63))
 
 
-def tiling(classes: int) -> dict[str, int]:
-    """Rows and classes of a tile: short rows share a program."""
+def tiling(classes: int) -> dict[str, Any]:
+    """Rows and classes of a tile, and warps for it: short rows share a program."""
     block = min(max(triton.next_power_of_2(classes), 16), _BLOCK)
     return {"ROWS": max(_TILE // block, 1), "BLOCK": block, "num_warps": 8 if block == _BLOCK else 4}
 
