@@ -28,7 +28,8 @@ void forward(
 
 template <class A>
 void backward(
-    const Tensor& in, const Tensor& bits, const OptionalTensor& scale, double negative_slope, const Tensor& out) {
+    const Tensor& in, const Tensor& bits, const OptionalTensor& scale, const OptionalTensor& skip,
+    double negative_slope, const Tensor& out) {
   if (in.numel() == 0) {
     return;
   }
@@ -38,6 +39,7 @@ void backward(
       g,
       in.const_data_ptr(),
       nullptr,
+      skip ? skip->const_data_ptr() : nullptr,
       out.mutable_data_ptr(),
       static_cast<const uint8_t*>(bits.const_data_ptr()),
       scales.data(),
@@ -107,6 +109,7 @@ void backward_sums(
       g,
       in.const_data_ptr(),
       delta.const_data_ptr(),
+      nullptr,
       out.mutable_data_ptr(),
       static_cast<const uint8_t*>(bits.const_data_ptr()),
       scales.data(),
@@ -164,20 +167,26 @@ std::tuple<Tensor, Tensor> affine_relu(
 }
 
 void affine_relu_vjp_out(
-    const Tensor& delta, const Tensor& bits, const OptionalTensor& scale, double negative_slope, const Tensor& out) {
-  check_same(out, delta, channels_last_order(delta));
+    const Tensor& delta, const Tensor& bits, const OptionalTensor& scale, const OptionalTensor& skip,
+    double negative_slope, const Tensor& out) {
+  const bool channels_last = channels_last_order(delta);
+  check_same(out, delta, channels_last);
+  if (skip) {
+    check_same(*skip, delta, channels_last);
+  }
   check_bits(bits, delta);
   if (delta.scalar_type() == ScalarType::Double) {
-    backward<double>(delta, bits, scale, negative_slope, out);
+    backward<double>(delta, bits, scale, skip, negative_slope, out);
   } else {
-    backward<float>(delta, bits, scale, negative_slope, out);
+    backward<float>(delta, bits, scale, skip, negative_slope, out);
   }
 }
 
 Tensor affine_relu_vjp(
-    const Tensor& delta, const Tensor& bits, const OptionalTensor& scale, double negative_slope) {
+    const Tensor& delta, const Tensor& bits, const OptionalTensor& scale, const OptionalTensor& skip,
+    double negative_slope) {
   Tensor out = torch::stable::empty_like(delta);
-  affine_relu_vjp_out(delta, bits, scale, negative_slope, out);
+  affine_relu_vjp_out(delta, bits, scale, skip, negative_slope, out);
   return out;
 }
 

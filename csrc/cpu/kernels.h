@@ -49,11 +49,12 @@ struct Forward {
   double slope;
 };
 
-// out = in * slope(bits) * scale; with `delta`, also sums of delta * slope(bits) * in.
+// out = in * slope(bits) * scale + skip; with `delta` (and no skip) also sums of delta * slope(bits) * in.
 struct Backward {
   Geometry geometry;
   const void* in;
   const void* delta;  // null: no sums
+  const void* skip;   // null: none
   void* out;
   const uint8_t* bits;
   const void* scale;

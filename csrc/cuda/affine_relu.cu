@@ -39,12 +39,12 @@ __global__ void __launch_bounds__(kThreads) affine_relu_periodic_kernel(Forward<
   }
 }
 
-template <class T>
+template <class T, Second role>
 __global__ void __launch_bounds__(kThreads) affine_relu_vjp_rows_kernel(Backward<T> f, Rows g) {
-  backward_rows_thread<T>(f, g, blockIdx.x, threadIdx.x);
+  backward_rows_thread<T, role>(f, g, blockIdx.x, threadIdx.x);
 }
 
-template <class T>
+template <class T, Second role>
 __global__ void __launch_bounds__(kThreads) affine_relu_vjp_periodic_kernel(Backward<T> f, Periodic g) {
   const int64_t place = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   const int64_t along = gridDim.y, steps = (g.vectors + g.places() - 1) / g.places();
@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(kThreads) affine_relu_vjp_periodic_kernel(Back
   }
   const EachChannel<kLanes<T>> coefs[1] = {channels_at<kLanes<T>>(g, place)};
   for (int64_t step = blockIdx.y; step < steps; step += kUnroll * along) {
-    backward_periodic_thread<T, false>(f, g, coefs, place, step, along, AddNothing{});
+    backward_periodic_thread<T, role>(f, g, coefs, place, step, along, AddNothing{});
   }
 }
 
@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(kThreads) affine_relu_jvp_periodic_kernel(Back
       }
     };
     for (int64_t step = blockIdx.y; step < steps; step += kUnroll * along) {
-      backward_periodic_thread<T, true>(f, g, coefs, place, step, along, add);
+      backward_periodic_thread<T, Second::delta>(f, g, coefs, place, step, along, add);
     }
     float* mine = gridDim.x == 1 ? shared + place * lanes : table + (blockIdx.y * g.places() + place) * lanes;
     EMR_UNROLL for (int i = 0; i < lanes; ++i) {
@@ -203,14 +203,14 @@ void forward(const Forward<T>& f, const View& view, const float* scale, const fl
   check_launch("affine_relu");
 }
 
-template <class T>
+template <class T, Second role>
 void backward(const Backward<T>& f, const View& view, const float* scale, cudaStream_t stream) {
   if (view.periodic()) {
     const Periodic g(kLanes<T>, view.numel, view.channels, view.inner, scale, nullptr);
-    affine_relu_vjp_periodic_kernel<T><<<dimensions(PeriodicGrid::plain(g)), g.threads(), 0, stream>>>(f, g);
+    affine_relu_vjp_periodic_kernel<T, role><<<dimensions(PeriodicGrid::plain(g)), g.threads(), 0, stream>>>(f, g);
   } else {
     const Rows g(view.numel, view.channels, view.inner, scale, nullptr);
-    affine_relu_vjp_rows_kernel<T><<<rows_grid<T>(g), kThreads, 0, stream>>>(f, g);
+    affine_relu_vjp_rows_kernel<T, role><<<rows_grid<T>(g), kThreads, 0, stream>>>(f, g);
   }
   check_launch("affine_relu_vjp");
 }
@@ -281,9 +281,13 @@ std::tuple<Tensor, Tensor> affine_relu(
 }
 
 void affine_relu_vjp_out(
-    const Tensor& delta, const Tensor& bits, const OptionalTensor& scale, double negative_slope, const Tensor& out) {
+    const Tensor& delta, const Tensor& bits, const OptionalTensor& scale, const OptionalTensor& skip,
+    double negative_slope, const Tensor& out) {
   const bool channels_last = channels_last_order(delta);
   check_same(out, delta, channels_last);
+  if (skip) {
+    check_same(*skip, delta, channels_last);
+  }
   check_bits(bits, delta);
   if (delta.numel() == 0) {
     return;
@@ -294,20 +298,22 @@ void affine_relu_vjp_out(
     using T = std::remove_pointer_t<decltype(type)>;
     const Backward<T> f{
         static_cast<const T*>(delta.const_data_ptr()),
-        nullptr,
+        skip ? static_cast<const T*>(skip->const_data_ptr()) : nullptr,
         static_cast<T*>(out.mutable_data_ptr()),
         static_cast<const uint8_t*>(bits.const_data_ptr()),
         view.numel,
         static_cast<float>(negative_slope),
-        all_aligned(delta, out)};
-    backward(f, view, coefficients(scale, view), device.stream());
+        all_aligned(delta, out, skip ? *skip : delta)};
+    skip ? backward<T, Second::skip>(f, view, coefficients(scale, view), device.stream())
+         : backward<T, Second::none>(f, view, coefficients(scale, view), device.stream());
   });
 }
 
 Tensor affine_relu_vjp(
-    const Tensor& delta, const Tensor& bits, const OptionalTensor& scale, double negative_slope) {
+    const Tensor& delta, const Tensor& bits, const OptionalTensor& scale, const OptionalTensor& skip,
+    double negative_slope) {
   Tensor out = torch::stable::empty_like(delta);
-  affine_relu_vjp_out(delta, bits, scale, negative_slope, out);
+  affine_relu_vjp_out(delta, bits, scale, skip, negative_slope, out);
   return out;
 }
 

@@ -19,10 +19,13 @@ struct Forward {
   bool aligned;  // all of these tensors, to 16 bytes
 };
 
+// What a second tensor does in the transposed pass: nothing, is added to out, or makes sums of its products.
+enum class Second { none, skip, delta };
+
 template <class T>
 struct Backward {
   const T* in;
-  const T* delta;
+  const T* second;
   T* out;
   const uint8_t* bits;
   int64_t numel;
@@ -103,42 +106,45 @@ EMR_HOST_DEVICE inline uint32_t forward_vectors(
   return all;
 }
 
-// out of one vector; with `sums` also the products of in * slope(bits) and delta.
-template <class T, bool sums, class Coefs>
+// out of one vector; with a delta also the products of in * slope(bits) and delta.
+template <class T, Second role, class Coefs>
 EMR_HOST_DEVICE inline Packed<T> backward_vector(
-    const Packed<T>& in, const Packed<T>& delta, uint32_t bits, const Coefs& c, float slope, Lanes<T>& products) {
+    const Packed<T>& in, const Packed<T>& second, uint32_t bits, const Coefs& c, float slope, Lanes<T>& products) {
   Packed<T> out;
   EMR_UNROLL for (int i = 0; i < kLanes<T>; ++i) {
     const float x = masked(to_float(in.v[i]), bits >> i & 1, slope);
-    if constexpr (sums) {
-      products.v[i] = x * to_float(delta.v[i]);
+    float y = x * c.scale(i);
+    if constexpr (role == Second::delta) {
+      products.v[i] = x * to_float(second.v[i]);
+    } else if constexpr (role == Second::skip) {
+      y += to_float(second.v[i]);
     }
-    round_to(out.v[i], x * c.scale(i));
+    round_to(out.v[i], y);
   }
   return out;
 }
 
-// As forward_vectors; with `sums` calls add(coefs, products) for each vector, with products of 0 beyond its elements.
-template <class T, bool sums, class Coefs, int n, class Add>
+// As forward_vectors; calls add(coefs, products) for each vector: with a delta, products of 0 beyond its elements.
+template <class T, Second role, class Coefs, int n, class Add>
 EMR_HOST_DEVICE inline void backward_vectors(
     const Backward<T>& f, int64_t first, int64_t stride, int64_t end, bool whole, const Coefs (&coefs)[n],
     const Add& add) {
   constexpr int lanes = kLanes<T>;
   Lanes<T> products;
   if (whole) {
-    Packed<T> in[kUnroll], delta[kUnroll];
+    Packed<T> in[kUnroll], second[kUnroll];
     uint32_t bits[kUnroll];
     EMR_UNROLL for (int u = 0; u < kUnroll; ++u) {
       const int64_t vector = first + u * stride;
       in[u] = load_packed(f.in + vector * lanes);
-      if constexpr (sums) {
-        delta[u] = load_packed(f.delta + vector * lanes);
+      if constexpr (role != Second::none) {
+        second[u] = load_packed(f.second + vector * lanes);
       }
       bits[u] = load_bits<T>(f.bits, vector);
     }
     EMR_UNROLL for (int u = 0; u < kUnroll; ++u) {
       const Coefs& c = coefs[n == 1 ? 0 : u];
-      const Packed<T> out = backward_vector<T, sums>(in[u], delta[u], bits[u], c, f.slope, products);
+      const Packed<T> out = backward_vector<T, role>(in[u], second[u], bits[u], c, f.slope, products);
       store_packed(f.out + (first + u * stride) * lanes, out);
       add(c, products);
     }
@@ -148,10 +154,10 @@ EMR_HOST_DEVICE inline void backward_vectors(
     const int64_t vector = first + u * stride;
     const int count = elements_of<T>(vector, end, f.numel);
     const Packed<T> in = load_packed(f.in + vector * lanes, count);
-    const Packed<T> delta = sums ? load_packed(f.delta + vector * lanes, count) : Packed<T>{};
+    const Packed<T> second = role != Second::none ? load_packed(f.second + vector * lanes, count) : Packed<T>{};
     const uint32_t bits = count > 0 ? load_bits<T>(f.bits, vector) : 0;
     const Coefs& c = coefs[n == 1 ? 0 : u];
-    const Packed<T> out = backward_vector<T, sums>(in, delta, bits, c, f.slope, products);
+    const Packed<T> out = backward_vector<T, role>(in, second, bits, c, f.slope, products);
     store_packed(f.out + vector * lanes, out, count);
     add(c, products);
   }
@@ -178,7 +184,7 @@ EMR_HOST_DEVICE inline uint32_t forward_rows_thread(const Forward<T>& f, const R
   return forward_vectors<T, has_skip>(f, first + thread, kThreads, end, whole, coefs);
 }
 
-template <class T>
+template <class T, Second role>
 EMR_HOST_DEVICE inline void backward_rows_thread(const Backward<T>& f, const Rows& g, int64_t block, int thread) {
   const int64_t first = block * kBlockVectors;
   const RowStart start = row_start(g, first * kLanes<T>);
@@ -188,7 +194,7 @@ EMR_HOST_DEVICE inline void backward_rows_thread(const Backward<T>& f, const Row
   }
   const bool whole = f.aligned && (first + kBlockVectors) * kLanes<T> <= f.numel;
   const int64_t end = (f.numel + kLanes<T> - 1) / kLanes<T>;
-  backward_vectors<T, false>(f, first + thread, kThreads, end, whole, coefs, AddNothing{});
+  backward_vectors<T, role>(f, first + thread, kThreads, end, whole, coefs, AddNothing{});
 }
 
 // Blocks side by side in a period, and blocks that share its steps.
@@ -220,13 +226,13 @@ EMR_HOST_DEVICE inline uint32_t forward_periodic_thread(
 }
 
 // As above; `add` as in backward_vectors.
-template <class T, bool sums, class Coefs, class Add>
+template <class T, Second role, class Coefs, class Add>
 EMR_HOST_DEVICE inline void backward_periodic_thread(
     const Backward<T>& f, const Periodic& g, const Coefs (&coefs)[1], int64_t place, int64_t step, int64_t along,
     const Add& add) {
   const int64_t places = g.places(), first = step * places + place, stride = along * places;
   const bool whole = f.aligned && (first + (kUnroll - 1) * stride + 1) * kLanes<T> <= f.numel;
-  backward_vectors<T, sums>(f, first, stride, g.vectors, whole, coefs, add);
+  backward_vectors<T, role>(f, first, stride, g.vectors, whole, coefs, add);
 }
 
 // A block's totals, one for each element of its places: what part number `part` of `parts` adds up for a channel.
@@ -306,7 +312,7 @@ EMR_HOST_DEVICE inline RowSums backward_piece_thread(
       sums.own += own;
       sums.next += next;
     };
-    backward_vectors<T, true>(f, first, p.lanes, end, whole, coefs, add);
+    backward_vectors<T, Second::delta>(f, first, p.lanes, end, whole, coefs, add);
   }
   return sums;
 }

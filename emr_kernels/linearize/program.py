@@ -174,7 +174,15 @@ class Program:
                 if not any(ref in self.planner.tapped for ref in rule.node.active):
                     continue
                 free = index in owned and not stays and index not in self.taps
-                grads = (rule.vjp_into if free else rule.vjp)(self._linear(point, place), cotangent)
+                residual = self._linear(point, place)
+                if len(rule.node.active) == 1 and isinstance(cotangents[rule.node.active[0]], torch.Tensor):
+                    (ref,) = rule.node.active
+                    total = rule.vjp_onto(residual, cotangent, cotangents[ref], free)
+                    if total is not None:
+                        cotangents[ref] = total
+                        owned.add(ref)
+                        continue
+                grads = (rule.vjp_into if free else rule.vjp)(residual, cotangent)
                 for ref, grad in zip(rule.node.active, grads, strict=True):
                     if grad is not None and ref in self.planner.tapped:
                         if rule.fresh or cotangents[ref] is not None:

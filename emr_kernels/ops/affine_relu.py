@@ -43,12 +43,14 @@ def affine_relu_reference(
 
 
 def affine_relu_vjp_reference(
-    delta: torch.Tensor, bits: torch.Tensor, scale: _Optional, negative_slope: float
+    delta: torch.Tensor, bits: torch.Tensor, scale: _Optional, skip: _Optional, negative_slope: float
 ) -> torch.Tensor:
     """`affine_relu_vjp` in plain PyTorch, for a dense `delta` in the order of the bits."""
     product = _masked(delta, bits, negative_slope)
     if scale is not None:
         product = product * _channelwise(scale, delta)
+    if skip is not None:
+        product = product + skip
     return torch.empty_like(delta).copy_(product)
 
 
@@ -78,9 +80,14 @@ def _affine_relu_out_reference(
 
 
 def _affine_relu_vjp_out_reference(
-    delta: torch.Tensor, bits: torch.Tensor, scale: _Optional, negative_slope: float, out: torch.Tensor
+    delta: torch.Tensor,
+    bits: torch.Tensor,
+    scale: _Optional,
+    skip: _Optional,
+    negative_slope: float,
+    out: torch.Tensor,
 ) -> None:
-    out.copy_(affine_relu_vjp_reference(delta, bits, scale, negative_slope))
+    out.copy_(affine_relu_vjp_reference(delta, bits, scale, skip, negative_slope))
 
 
 def _affine_relu_jvp_out_reference(
@@ -103,7 +110,7 @@ def _affine_relu_fake(
 
 
 def _affine_relu_vjp_fake(
-    delta: torch.Tensor, bits: torch.Tensor, scale: _Optional, negative_slope: float
+    delta: torch.Tensor, bits: torch.Tensor, scale: _Optional, skip: _Optional, negative_slope: float
 ) -> torch.Tensor:
     return torch.empty_like(delta)
 
@@ -127,7 +134,12 @@ def _affine_relu_out_fake(
 
 
 def _affine_relu_vjp_out_fake(
-    delta: torch.Tensor, bits: torch.Tensor, scale: _Optional, negative_slope: float, out: torch.Tensor
+    delta: torch.Tensor,
+    bits: torch.Tensor,
+    scale: _Optional,
+    skip: _Optional,
+    negative_slope: float,
+    out: torch.Tensor,
 ) -> None:
     return None
 
@@ -155,12 +167,13 @@ _affine_relu_out = _dispatch.define(
     _affine_relu_out_fake,
 )
 _affine_relu_vjp = _dispatch.define(
-    "affine_relu_vjp(Tensor delta, Tensor bits, Tensor? scale, float negative_slope) -> Tensor",
+    "affine_relu_vjp(Tensor delta, Tensor bits, Tensor? scale, Tensor? skip, float negative_slope) -> Tensor",
     affine_relu_vjp_reference,
     _affine_relu_vjp_fake,
 )
 _affine_relu_vjp_out = _dispatch.define(
-    "affine_relu_vjp_out(Tensor delta, Tensor bits, Tensor? scale, float negative_slope, Tensor(a!) out) -> ()",
+    "affine_relu_vjp_out(Tensor delta, Tensor bits, Tensor? scale, Tensor? skip, float negative_slope, "
+    "Tensor(a!) out) -> ()",
     _affine_relu_vjp_out_reference,
     _affine_relu_vjp_out_fake,
 )
@@ -245,10 +258,11 @@ def affine_relu_vjp(
     scale: torch.Tensor | None = None,
     negative_slope: float = 0.0,
     *,
+    skip: torch.Tensor | None = None,
     memory_format: torch.memory_format | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """delta * slope(bits) * scale[c]: the cotangent of `a` (and, without scale, of `skip`).
+    """delta * slope(bits) * scale[c] + skip: the cotangent of `a` (without scale, of `affine_relu`'s skip, too).
 
     slope is 1 where the bit is 1, else negative_slope; a slope of 0 gives 0, also for an infinite delta.
 
@@ -257,8 +271,9 @@ def affine_relu_vjp(
         bits: as `affine_relu` returned them.
         scale: `[C]`, any floating dtype; None: 1.
         negative_slope: slope where the bit is 0.
-        memory_format: the order of the bits; `delta` is brought to it. None: `dense_format(delta)`.
-        out: where to write the result: dense in that memory format; may be `delta` itself.
+        skip: what another path has brought to the same value already, like delta; None: nothing.
+        memory_format: the order of the bits; delta and skip are brought to it. None: `dense_format(delta)`.
+        out: where to write the result: dense in that memory format; may be delta or skip itself.
 
     Returns:
         like `delta`, in that memory format.
@@ -268,16 +283,19 @@ def affine_relu_vjp(
         RuntimeError: if an argument requires grad in grad mode (the operator has no derivative of its own).
     """
     _checks.check_floating("delta", delta)
-    _checks.check_not_differentiated("affine_relu_vjp", delta=delta, scale=scale)
+    _checks.check_not_differentiated("affine_relu_vjp", delta=delta, scale=scale, skip=skip)
     _checks.check_bits("bits", bits, "delta", delta)
     scale = _coefficients("scale", scale, "delta", delta)
     if memory_format is None:
         memory_format = dense_format(delta)
     dense = to_format(delta, memory_format)
+    if skip is not None:
+        _checks.check_like("skip", skip, "delta", delta)
+        skip = to_format(skip, memory_format)
     if out is None:
-        return _affine_relu_vjp(dense, dense, bits, scale, negative_slope)
+        return _affine_relu_vjp(dense, dense, bits, scale, skip, negative_slope)
     _checks.check_out(out, "delta", delta, memory_format)
-    _affine_relu_vjp_out(dense, dense, bits, scale, negative_slope, out)
+    _affine_relu_vjp_out(dense, dense, bits, scale, skip, negative_slope, out)
     return out
 
 

@@ -89,6 +89,7 @@ def affine_relu_vjp_kernel(
     delta,
     bits,
     scale,
+    skip,
     out,
     slope,
     n,
@@ -113,6 +114,8 @@ def affine_relu_vjp_kernel(
     value = tl.where(alive, d, d * slope if LEAKY else 0.0)
     if scale is not None:
         value = value * _of_channels(scale, base, channels, inner, INNER, GROUPED, INDEX, BLOCK)
+    if skip is not None:
+        value = value + tl.load(skip + base + offset, mask=here, other=0).to(tl.float32)
     tl.store(out + base + offset, value.to(out.dtype.element_ty), mask=here)
 
 
@@ -177,20 +180,29 @@ def affine_relu(
 
 
 def affine_relu_vjp_out(
-    delta: torch.Tensor, bits: torch.Tensor, scale: torch.Tensor | None, negative_slope: float, out: torch.Tensor
+    delta: torch.Tensor,
+    bits: torch.Tensor,
+    scale: torch.Tensor | None,
+    skip: torch.Tensor | None,
+    negative_slope: float,
+    out: torch.Tensor,
 ) -> None:
-    """`emr::affine_relu_vjp_out`; out may be delta."""
-    arguments = (delta, bits, scale, out)
+    """`emr::affine_relu_vjp_out`; out may be delta or skip."""
+    arguments = (delta, bits, scale, skip, out)
     channelwise = scale is not None
     _launch_blocks(affine_relu_vjp_kernel, delta, *arguments, channelwise=channelwise, negative_slope=negative_slope)
 
 
 def affine_relu_vjp(
-    delta: torch.Tensor, bits: torch.Tensor, scale: torch.Tensor | None, negative_slope: float
+    delta: torch.Tensor,
+    bits: torch.Tensor,
+    scale: torch.Tensor | None,
+    skip: torch.Tensor | None,
+    negative_slope: float,
 ) -> torch.Tensor:
     """`emr::affine_relu_vjp`."""
     out = torch.empty_like(delta)
-    affine_relu_vjp_out(delta, bits, scale, negative_slope, out)
+    affine_relu_vjp_out(delta, bits, scale, skip, negative_slope, out)
     return out
 
 
@@ -208,6 +220,6 @@ def examples() -> None:
     ):
         vector = torch.empty(a.shape[1], device="meta")
         bits = affine_relu(a, vector, vector, a if skip else None, slope)[1]
-        affine_relu_vjp(a, bits, vector, slope)
+        affine_relu_vjp(a, bits, vector, a if skip else None, slope)
     bits = affine_relu(image, None, None, None, 0.0)[1]
-    affine_relu_vjp(image, bits, None, 0.0)
+    affine_relu_vjp(image, bits, None, None, 0.0)

@@ -57,14 +57,14 @@ void forward(const Forward<T>& f, int64_t channels, int64_t inner, const float* 
   }
 }
 
-template <class T>
+template <class T, Second role>
 void backward(const Backward<T>& f, int64_t channels, int64_t inner, const float* scale) {
   if (!periodic(channels, inner)) {
     const Rows g(f.numel, channels, inner, scale, nullptr);
     const int64_t blocks = divide_up(f.numel, kBlockVectors * kLanes<T>);
     for (int64_t block = 0; block < blocks; ++block) {
       for (int t = 0; t < kThreads; ++t) {
-        backward_rows_thread<T>(f, g, block, t);
+        backward_rows_thread<T, role>(f, g, block, t);
       }
     }
     return;
@@ -75,7 +75,7 @@ void backward(const Backward<T>& f, int64_t channels, int64_t inner, const float
     const EachChannel<kLanes<T>> coefs[1] = {channels_at<kLanes<T>>(g, place)};
     for (int64_t y = 0; y < grid.along; ++y) {
       for (int64_t step = y; step < g.steps(); step += kUnroll * grid.along) {
-        backward_periodic_thread<T, false>(f, g, coefs, place, step, grid.along, AddNothing{});
+        backward_periodic_thread<T, role>(f, g, coefs, place, step, grid.along, AddNothing{});
       }
     }
   }
@@ -129,7 +129,7 @@ void sums_of_periods(const Backward<T>& f, int64_t channels, int64_t inner, cons
         }
       };
       for (int64_t step = y; step < g.steps(); step += kUnroll * grid.along) {
-        backward_periodic_thread<T, true>(f, g, coefs, place, step, grid.along, add);
+        backward_periodic_thread<T, Second::delta>(f, g, coefs, place, step, grid.along, add);
       }
     }
     for (int64_t i = 0; i < width; ++i) {
@@ -156,13 +156,14 @@ void run_forward(
 
 template <class T>
 void run_backward(
-    const void* in, const void* delta, void* out, const uint8_t* bits, int64_t numel, int64_t channels, int64_t inner,
+    const void* in, const void* second, void* out, const uint8_t* bits, int64_t numel, int64_t channels, int64_t inner,
     const float* scale, float slope, float* dscale) {
-  const bool aligned = is_aligned(in) && is_aligned(delta) && is_aligned(out);
+  const bool aligned = is_aligned(in) && is_aligned(second) && is_aligned(out);
   const Backward<T> f{
-      static_cast<const T*>(in), static_cast<const T*>(delta), static_cast<T*>(out), bits, numel, slope, aligned};
+      static_cast<const T*>(in), static_cast<const T*>(second), static_cast<T*>(out), bits, numel, slope, aligned};
   if (dscale == nullptr) {
-    backward(f, channels, inner, scale);
+    second != nullptr ? backward<T, Second::skip>(f, channels, inner, scale)
+                      : backward<T, Second::none>(f, channels, inner, scale);
   } else if (periodic(channels, inner)) {
     sums_of_periods(f, channels, inner, scale, dscale);
   } else {
@@ -181,12 +182,12 @@ void affine_relu(
   run(a, skip, y, bits, numel, channels, inner, scale, shift, slope);
 }
 
-// The vjp without dscale, the jvp with it.
+// The jvp with dscale, the second tensor delta; without it the vjp, the second tensor a skip or null.
 void backward(
-    int dtype, const void* in, const void* delta, void* out, const uint8_t* bits, int64_t numel, int64_t channels,
+    int dtype, const void* in, const void* second, void* out, const uint8_t* bits, int64_t numel, int64_t channels,
     int64_t inner, const float* scale, float slope, float* dscale) {
   const auto run = dtype == 0 ? run_backward<float> : dtype == 1 ? run_backward<emr::bf16> : run_backward<emr::fp16>;
-  run(in, delta, out, bits, numel, channels, inner, scale, slope, dscale);
+  run(in, second, out, bits, numel, channels, inner, scale, slope, dscale);
 }
 
 void pack_bits(const uint8_t* mask, uint8_t* bits, int64_t numel) {

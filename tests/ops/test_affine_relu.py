@@ -108,8 +108,10 @@ def test_backends_match_reference(unaligned: bool, dtype: torch.dtype, backend: 
                 if has_shift or has_skip:
                     continue
                 packed = here(expected_bits)
-                out = vjp(here(delta), packed, here(s), slope)
-                assert backend.rounds_like(out, reference.affine_relu_vjp_reference(delta, expected_bits, s, slope))
+                for added in (None, skip):
+                    out = vjp(here(delta), packed, here(s), here(added), slope)
+                    expected = reference.affine_relu_vjp_reference(delta, expected_bits, s, added, slope)
+                    assert backend.rounds_like(out, expected)
                 out, dscale = jvp(here(u), packed, here(s), slope, here(delta))
                 expected, _ = reference.affine_relu_jvp_reference(u, expected_bits, s, slope, delta)
                 assert backend.rounds_like(out, expected)
@@ -161,7 +163,10 @@ def test_special_values(dtype: torch.dtype, backend: Backend) -> None:
         y, bits = affine_relu(here, None, None, None, slope)
         assert backend.rounds_like(y, F.leaky_relu(a, slope) if slope else F.relu(a))
         assert torch.equal(ops.unpack_bits(bits.cpu(), a.shape), a > 0)
-    for dead in (vjp(here, torch.zeros_like(bits), None, 0.0), jvp(here, torch.zeros_like(bits), None, 0.0, here)[0]):
+    for dead in (
+        vjp(here, torch.zeros_like(bits), None, None, 0.0),
+        jvp(here, torch.zeros_like(bits), None, 0.0, here)[0],
+    ):
         assert bool((dead == 0).all())
 
 
@@ -222,7 +227,7 @@ def test_any_shape(backend: Backend) -> None:
             s = scale.to(backend.device)
             y, bits = affine_relu(a.to(**on), s, shift.to(backend.device), None, slope)
             assert torch.equal(y.cpu(), F.leaky_relu(t, slope))
-            d_in = vjp(delta.to(**on), bits, s, slope)
+            d_in = vjp(delta.to(**on), bits, s, None, slope)
             assert torch.equal(d_in.cpu(), torch.where(t > 0, delta, delta * slope) * scale.view(view))
 
     check()
@@ -236,7 +241,8 @@ def test_results_in_place(shape: tuple[int, ...], backend: Backend) -> None:
         a, skip, delta, u = (t.to(backend.device) for t in tensors(4, shape, dtype, memory_format))
         scale, shift = (t.to(backend.device) for t in vectors(shape[1], dtype))
         y, bits = backend.kernel("affine_relu", dtype)(a, scale, shift, skip, 0.0)
-        d_in = backend.kernel("affine_relu_vjp", dtype)(delta, bits, scale, 0.0)
+        vjp_of = backend.kernel("affine_relu_vjp", dtype)
+        d_in, d_sum = vjp_of(delta, bits, scale, None, 0.0), vjp_of(delta, bits, scale, skip, 0.0)
         u_out, dscale = backend.kernel("affine_relu_jvp", dtype)(u, bits, scale, 0.0, delta)
         affine_relu, vjp, jvp = (backend.kernel(f"affine_relu{name}_out", dtype) for name in ("", "_vjp", "_jvp"))
         for place in (0, 1):
@@ -246,7 +252,10 @@ def test_results_in_place(shape: tuple[int, ...], backend: Backend) -> None:
             given = [u.clone(), delta.clone()]
             total = jvp(given[0], bits, scale, 0.0, given[1], given[place])
             assert torch.equal(given[place], u_out) and torch.equal(total, dscale)
-        vjp(delta, bits, scale, 0.0, delta)
+            given = [delta.clone(), skip.clone()]
+            vjp(given[0], bits, scale, given[1], 0.0, given[place])
+            assert torch.equal(given[place], d_sum)
+        vjp(delta, bits, scale, None, 0.0, delta)
         assert torch.equal(delta, d_in)
 
 

@@ -43,6 +43,9 @@ def test_results_in_given_buffers() -> None:
     d_in = ops.affine_relu_vjp(delta, bits, scale)
     assert ops.affine_relu_vjp(delta, bits, scale, out=out) is out
     assert torch.equal(out, d_in)
+    assert torch.equal(ops.affine_relu_vjp(delta, bits, scale, skip=skip), d_in + skip)
+    assert ops.affine_relu_vjp(delta, bits, scale, skip=skip, out=out) is out
+    assert torch.equal(out, d_in + skip)
     u_out, dscale = ops.affine_relu_jvp(u, bits, scale, delta=delta)
     results = ops.affine_relu_jvp(u, bits, scale, delta=delta, out=out)
     assert results[0] is out and torch.equal(out, u_out) and torch.equal(results[1], dscale)
@@ -58,8 +61,9 @@ def test_opcheck() -> None:
             (emr.affine_relu, (a, scale, shift, skip, 0.0)),
             (emr.affine_relu, (a, None, None, None, 0.1)),
             (emr.affine_relu_out, (a, scale, shift, skip, 0.0, torch.empty_like(a), bits.clone())),
-            (emr.affine_relu_vjp, (delta, bits, scale, 0.0)),
-            (emr.affine_relu_vjp_out, (delta, bits, scale, 0.0, torch.empty_like(a))),
+            (emr.affine_relu_vjp, (delta, bits, scale, None, 0.0)),
+            (emr.affine_relu_vjp, (delta, bits, scale, skip, 0.0)),
+            (emr.affine_relu_vjp_out, (delta, bits, scale, skip, 0.0, torch.empty_like(a))),
             (emr.affine_relu_jvp, (delta, bits, scale, 0.0, y)),
             (emr.affine_relu_jvp_out, (delta, bits, scale, 0.0, y, torch.empty_like(a))),
             (emr.pack_bits, (a > 0,)),
@@ -116,6 +120,7 @@ BITS = torch.zeros(12, dtype=torch.uint8)
         (lambda: ops.affine_relu(A, out=A.mT), ValueError, "out has strides"),
         (lambda: ops.affine_relu(A, bits_out=BITS[1:]), ValueError, r"bits_out has shape \(11,\)"),
         (lambda: ops.affine_relu_vjp(A, BITS.int()), TypeError, "bits has dtype torch.int32; expected torch.uint8"),
+        (lambda: ops.affine_relu_vjp(A, BITS, skip=A[:1]), ValueError, r"skip has shape \(1, 3, 4, 4\); expected"),
         (lambda: ops.affine_relu_vjp(A, BITS[1:]), ValueError, r"bits has shape \(11,\) .* expected \(12,\)"),
         (lambda: ops.affine_relu_jvp(A, BITS, delta=A[:1]), ValueError, "delta has shape"),
         (lambda: ops.affine_relu_jvp(A.view(-1), BITS, delta=A.view(-1)), ValueError, r"u has shape \(96,\)"),

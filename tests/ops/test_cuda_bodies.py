@@ -74,11 +74,12 @@ def run_backward(
     slope: float,
     delta: torch.Tensor | None,
     out: torch.Tensor | None = None,
+    skip: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     result = torch.full_like(u, torch.nan) if out is None else out
     dscale = None if delta is None else torch.full((u.shape[1],), torch.nan)
     measures = sizes(u, scale is not None or delta is not None)
-    tensors = map(pointer, (u, delta, result, bits))
+    tensors = map(pointer, (u, skip if delta is None else delta, result, bits))
     bodies.backward(DTYPES.index(u.dtype), *tensors, *measures, pointer(scale), ctypes.c_float(slope), pointer(dscale))
     return result, dscale
 
@@ -104,6 +105,11 @@ def agree(bodies: ctypes.CDLL, tensors: list[torch.Tensor], scale: torch.Tensor,
     for s, slope in ((scale, 0.0), (scale, 0.1), (None, 0.1)):
         expected, _ = reference.affine_relu_jvp_reference(u, bits, s, slope, delta)
         assert torch.equal(run_backward(bodies, u, bits, s, slope, None)[0], expected)
+        total = reference.affine_relu_vjp_reference(u, bits, s, skip, slope)
+        for target in (None, u.clone(), skip.clone()):
+            first = target if target is not None and torch.equal(target, u) else u
+            second = target if target is not None and torch.equal(target, skip) else skip
+            assert torch.equal(run_backward(bodies, first, bits, s, slope, None, target, second)[0], total)
         out, dscale = run_backward(bodies, u, bits, s, slope, delta)
         assert torch.equal(out, expected) and dscale is not None
         exact = reference.affine_relu_jvp_reference(u.double(), bits, None, slope, delta.double())[1]
@@ -112,8 +118,8 @@ def agree(bodies: ctypes.CDLL, tensors: list[torch.Tensor], scale: torch.Tensor,
         assert bool(((dscale - exact).abs() <= 8 * torch.finfo(torch.float32).eps * bound).all())
         for first, second in ((u.clone(), delta), (u, delta.clone())):
             target = second if first is u else first
-            again, total = run_backward(bodies, first, bits, s, slope, second, out=target)
-            assert torch.equal(again, expected) and total is not None and torch.equal(total, dscale)
+            again, sums = run_backward(bodies, first, bits, s, slope, second, out=target)
+            assert torch.equal(again, expected) and sums is not None and torch.equal(sums, dscale)
 
 
 # Long rows of whole and of odd vectors, several pieces to a row, short rows, short periods side by side in a block,

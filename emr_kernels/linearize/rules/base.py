@@ -72,6 +72,13 @@ class Rule:
         """The same as `vjp`, and may overwrite the cotangent."""
         return self.vjp(residual, cotangent)
 
+    def vjp_onto(self, residual: Any, cotangent: Any, held: torch.Tensor, free: bool) -> torch.Tensor | None:
+        """Jᵀδ + held for the only activation in one pass; None where there is no such pass.
+
+        `free`: the cotangent may be overwritten; `held` never is.
+        """
+        return None
+
     def jvp(self, residual: Any, tangents: Tensors) -> Any:
         """Ju."""
         raise NotImplementedError

@@ -154,6 +154,19 @@ class AffineReluRule(Rule):
     def vjp_into(self, residual: Residual, cotangent: Any) -> Tensors:
         return (self._scaled(residual, cotangent, True),)
 
+    def vjp_onto(self, residual: Residual, cotangent: Any, held: torch.Tensor, free: bool) -> torch.Tensor | None:
+        if residual.bits is None or held.dtype != cotangent.dtype:
+            return None
+        return ops.affine_relu_vjp(
+            cotangent,
+            residual.bits,
+            residual.affine.scale,
+            negative_slope=self.slope or 0.0,
+            skip=held,
+            memory_format=residual.memory_format,
+            out=reusable(cotangent, residual.memory_format, free),
+        )
+
     def jvp(self, residual: Residual, tangents: Tensors) -> Any:
         assert tangents[0] is not None
         return self._scaled(residual, tangents[0], self.free[0])

@@ -54,6 +54,9 @@ class AffineAddReluRule(AffineReluRule):
     def vjp_into(self, residual: Residual, cotangent: Any) -> Tensors:
         return self._both(residual, cotangent, True)
 
+    def vjp_onto(self, residual: Residual, cotangent: Any, held: torch.Tensor, free: bool) -> torch.Tensor | None:
+        return None
+
     def jvp(self, residual: Residual, tangents: Tensors) -> Any:
         (tangent, skip), scale = tangents, residual.affine.scale
         if tangent is None:
