@@ -46,13 +46,18 @@ EMR_HOST_DEVICE static inline float root_of(float x) { return sqrtf(x); }
 EMR_HOST_DEVICE static inline double root_of(double x) { return sqrt(x); }
 EMR_HOST_DEVICE static inline float power_of(float x, float y) { return powf(x, y); }
 EMR_HOST_DEVICE static inline double power_of(double x, double y) { return pow(x, y); }
-EMR_HOST_DEVICE static inline void sine_and_cosine(float x, float& sine, float& cosine) {
-  sine = sinf(x);
-  cosine = cosf(x);
+// Of so many full turns.
+EMR_HOST_DEVICE static inline void sine_and_cosine(float turns, float& sine, float& cosine) {
+#if defined(__CUDA_ARCH__)
+  sincospif(2 * turns, &sine, &cosine);
+#else
+  sine = sinf(turns * 6.2831853f);
+  cosine = cosf(turns * 6.2831853f);
+#endif
 }
-EMR_HOST_DEVICE static inline void sine_and_cosine(double x, double& sine, double& cosine) {
-  sine = sin(x);
-  cosine = cos(x);
+EMR_HOST_DEVICE static inline void sine_and_cosine(double turns, double& sine, double& cosine) {
+  sine = sin(turns * 6.283185307179586);
+  cosine = cos(turns * 6.283185307179586);
 }
 
 // (0, 1], in steps of 2**-24.
@@ -73,7 +78,7 @@ EMR_HOST_DEVICE static inline void gaussians(const Words& c, A (&z)[4]) {
   for (int pair = 0; pair < 4; pair += 2) {
     const A radius = root_of(A(-2) * log_of(unit_uniform<A>(c.w[pair])));
     A sine, cosine;
-    sine_and_cosine(static_cast<A>(c.w[pair + 1] >> 8) * A(6.283185307179586 * 0x1p-24), sine, cosine);
+    sine_and_cosine(static_cast<A>(c.w[pair + 1] >> 8) * A(0x1p-24), sine, cosine);
     z[pair] = radius * cosine;
     z[pair + 1] = radius * sine;
   }
