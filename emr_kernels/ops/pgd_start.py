@@ -7,7 +7,7 @@ import math
 import torch
 
 from emr_kernels.ops import _checks, _dispatch
-from emr_kernels.ops._format import dense_format, flatten_dense, to_format, unflatten_dense
+from emr_kernels.ops._format import compute_dtype, dense_format, flatten_dense, to_format, unflatten_dense
 from emr_kernels.ops._philox import words
 from emr_kernels.ops.pgd_step import check_ball
 
@@ -35,7 +35,7 @@ def pgd_start_reference(
     """`pgd_start` in plain PyTorch, for a dense origin."""
     if origin.numel() == 0:
         return torch.empty_like(origin)
-    dtype = torch.float64 if origin.dtype == torch.float64 else torch.float32
+    dtype = compute_dtype(origin)
     numel, batch = origin.numel(), origin.shape[0]
     word = words(torch.arange((numel + 3) // 4, device=origin.device), seed, offset, 0)
     if norm == "linf":

@@ -10,14 +10,10 @@ import math
 import torch
 
 from emr_kernels.ops import _checks, _dispatch
-from emr_kernels.ops._format import dense_format, to_format
+from emr_kernels.ops._format import compute_dtype, dense_format, to_format
 
 NORMS = ("linf", "l2", "l1")
 _Optional = torch.Tensor | None
-
-
-def _compute_dtype(tensor: torch.Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 def _sign(tensor: torch.Tensor) -> torch.Tensor:
@@ -99,7 +95,7 @@ def pgd_step_reference(
     out = torch.empty_like(x)
     if x.numel() == 0:
         return out
-    dtype = _compute_dtype(x)
+    dtype = compute_dtype(x)
     wide, centre, g = (t.to(dtype).reshape(x.shape[0], -1) for t in (x, origin, gradient))
     a = torch.full_like(wide[:, :1], step_size) if step_sizes is None else step_sizes[:, None]
     if norm == "linf":
@@ -218,10 +214,11 @@ def pgd_step(
     Sources: Madry et al. 2018; sparse L1 descent, Tramèr and Boneh 2019; the joint projection, Croce and Hein 2021.
 
     The result is in the box, and as near to origin as rounding allows: under linf every |x - origin|, evaluated in the
-    dtype of x, is at most epsilon plus one unit in the last place of the pixel; under l2 and l1 every pixel is within
-    one such unit of a point whose norm is at most epsilon (1 + 1e-6). That takes an origin in the box; otherwise the
-    box prevails. Zero gradients leave x where it is. NaN propagates: a NaN in x, origin or gradient gives NaN at that
-    pixel (linf) or in that sample (l2, l1).
+    dtype of x, is at most epsilon plus one unit in the last place of the pixel (of the larger one of x and origin);
+    under l2 and l1 every pixel is within one such unit of a point whose norm is at most epsilon (1 + 1e-5). That takes
+    an origin in the box; otherwise the box prevails. A gradient of zeros leaves an x in ball and box where it is. NaN
+    propagates: a NaN in x, origin or gradient, or under l2 an infinite gradient, gives NaN at that pixel (linf) or in
+    that sample (l2, l1).
 
     Args:
         x: float32, bfloat16, float16 or float64, `[N, ...]`.
@@ -250,7 +247,7 @@ def pgd_step(
     step_sizes = None
     if isinstance(step_size, torch.Tensor):
         _per_sample("step_size", step_size, x)
-        step_sizes, step_size = step_size.to(_compute_dtype(x)).contiguous(), 0.0
+        step_sizes, step_size = step_size.to(compute_dtype(x)).contiguous(), 0.0
     elif not math.isfinite(step_size):
         raise ValueError(f"step_size is {step_size}; expected a finite number")
     _checks.check_not_differentiated("pgd_step", x=x, origin=origin, gradient=gradient, step_size=step_sizes)
