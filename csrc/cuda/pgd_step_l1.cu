@@ -76,6 +76,8 @@ __global__ void __launch_bounds__(kMostThreads, 1) l1_kernel(const StepArguments
   Threshold magnitude;
   int moved = 0;
   bool undefined = false;
+  // Unrolled, its few passes would keep their counts in memory.
+#pragma unroll 1
   for (int place = kFirst; place >= kLowest<G>; place -= 4) {
     int above[kTrials] = {};
     sample.each([&](const Chunk<C>& c) {
