@@ -8,7 +8,7 @@ SOURCES := $(shell find csrc -type f) emr_kernels/_build.py emr_kernels/_nvcc.py
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DELETE_ON_ERROR:
-.PHONY: demo test lint format typecheck triton-check cuda-check gpu-check clean
+.PHONY: demo test lint format typecheck triton-check cuda-check gpu-check bench-micro clean
 
 # The demo's nets are so small that a second thread costs more than it gives.
 demo: export OMP_NUM_THREADS ?= 1
@@ -40,6 +40,11 @@ typecheck: $(VENV)/installed
 # Every Triton kernel compiled for sm_80, sm_90 and sm_100; needs no GPU.
 triton-check: $(VENV)/installed
 	env -u TRITON_INTERPRET $(BIN)/python -m emr_kernels.triton.check
+
+# Every operator against plain PyTorch and torch.compile; takes minutes. RESULTS: where the files go.
+bench-micro: RESULTS ?= .benchmarks
+bench-micro: $(VENV)/installed
+	$(BIN)/python -m benchmarks.micro --output $(RESULTS)
 
 $(VENV)/torch:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or later is needed: make PYTHON=...")'

@@ -1,0 +1,275 @@
+"""What is measured: for each operator its arguments, and the same formula as plain PyTorch has it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from emr_kernels import ops
+
+FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
+EPSILON = 8 / 255
+BN_EPSILON = 1e-5
+
+
+@dataclass(frozen=True)
+class Make:
+    """Draws tensors of one dtype and memory format on one device."""
+
+    device: torch.device
+    dtype: torch.dtype
+    layout: str
+    generator: torch.Generator
+
+    def normal(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        values = torch.randn(shape, generator=self.generator, device=self.device).to(dtype or self.dtype)
+        return self._ordered(values)
+
+    def uniform(self, *shape: int, low: float = 0.0, high: float = 1.0, dtype: torch.dtype | None = None) -> Any:
+        values = torch.rand(shape, generator=self.generator, device=self.device) * (high - low) + low
+        return self._ordered(values.to(dtype or self.dtype))
+
+    def integers(self, high: int, *shape: int) -> torch.Tensor:
+        return torch.randint(high, shape, generator=self.generator, device=self.device)
+
+    def _ordered(self, values: torch.Tensor) -> torch.Tensor:
+        return values.contiguous(memory_format=FORMATS[self.layout]) if values.dim() == 4 else values
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """One set of arguments.
+
+    Attributes:
+        arguments: of the raw operator, in its schema's order.
+        plain: of the formula in plain PyTorch.
+        on: the tensor by whose size a backend is chosen.
+    """
+
+    arguments: tuple[Any, ...]
+    plain: tuple[Any, ...]
+    on: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One operator at one size.
+
+    Attributes:
+        operator: its name without the namespace.
+        case: what is special here, such as a norm; may be empty.
+        shape: for the reader.
+        make: draws one set of arguments.
+        plain: the formula in plain PyTorch; gives the operator's results, or the first few of them.
+        outputs: the operator's results from what it returned and its arguments, in a form that can be compared.
+        layouts: memory formats to measure.
+        scale: 0 small, 1 medium, 2 large, 3 for a GPU alone.
+        matmul: (m, k, n) of the product that bounds it, None where memory does.
+        deviation: where results cannot equal the reference's: how far they are from right, 1 what is allowed.
+    """
+
+    operator: str
+    case: str
+    shape: str
+    make: Callable[[Make], Inputs]
+    plain: Callable[..., Any]
+    outputs: Callable[[Any, tuple[Any, ...]], tuple[torch.Tensor, ...]] = field(
+        default=lambda result, _: result if isinstance(result, tuple) else (result,)
+    )
+    layouts: tuple[str, ...] = ("nchw",)
+    scale: int = 1
+    matmul: tuple[int, int, int] | None = None
+    deviation: Callable[[tuple[torch.Tensor, ...], Inputs], float] | None = None
+
+    @property
+    def name(self) -> str:
+        """Operator, case and shape."""
+        return "-".join(part for part in (self.operator, self.case, self.shape) if part)
+
+
+def _shape_name(*sizes: int) -> str:
+    return "x".join(map(str, sizes))
+
+
+# Hidden activations of wide residual networks at several batch sizes; the last is larger than any cache of a GPU.
+_IMAGES = (((32, 64, 8, 8), 0), ((32, 160, 32, 32), 1), ((128, 160, 32, 32), 2), ((512, 160, 32, 32), 3))
+_BOTH = ("nchw", "channels_last")
+
+
+def _batch_norm(a: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    mean, variance = torch.zeros_like(scale), torch.full_like(scale, 1 - BN_EPSILON)
+    return F.batch_norm(a, mean, variance, scale, shift, False, 0.0, BN_EPSILON)
+
+
+def _plain_affine_relu(a: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, skip: Any) -> torch.Tensor:
+    t = _batch_norm(a, scale, shift)
+    return F.relu(t if skip is None else t + skip)
+
+
+def _plain_vjp(delta: torch.Tensor, y: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    masked = torch.ops.aten.threshold_backward(delta, y, 0)
+    return masked * scale.to(delta.dtype)[:, None, None]
+
+
+def _plain_jvp(
+    u: torch.Tensor, y: torch.Tensor, scale: torch.Tensor, delta: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    masked = torch.ops.aten.threshold_backward(u, y, 0)
+    return masked * scale.to(u.dtype)[:, None, None], (masked * delta).sum((0, 2, 3), dtype=torch.float32)
+
+
+def _activation(make: Make, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A ReLU's output, its bits, and the scale of the BatchNorm before it."""
+    scale = make.uniform(shape[1], low=0.5, high=1.5, dtype=torch.float32)
+    y, bits = ops.affine_relu(make.normal(*shape))
+    return y, bits, scale
+
+
+def _affine_relu(shape: tuple[int, ...], scale_: int, with_skip: bool) -> Entry:
+    def make(make: Make) -> Inputs:
+        a, skip = make.normal(*shape), make.normal(*shape) if with_skip else None
+        scale = make.uniform(shape[1], low=0.5, high=1.5, dtype=torch.float32)
+        shift = make.normal(shape[1], dtype=torch.float32)
+        bits = torch.empty((a.numel() + 7) // 8, dtype=torch.uint8, device=a.device)
+        out = torch.full_like(a, math.nan)
+        return Inputs((a, scale, shift, skip, 0.0, out, bits), (a, scale, shift, skip), a)
+
+    def outputs(_: Any, arguments: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:
+        *_, out, bits = arguments
+        return out, ops.unpack_bits(bits, out.shape, ops.dense_format(out))
+
+    case = "skip" if with_skip else ""
+    return Entry("affine_relu_out", case, _shape_name(*shape), make, _plain_affine_relu, outputs, _BOTH, scale_)
+
+
+def _affine_relu_vjp(shape: tuple[int, ...], scale_: int) -> Entry:
+    def make(make: Make) -> Inputs:
+        y, bits, scale = _activation(make, shape)
+        delta = make.normal(*shape)
+        return Inputs((delta, bits, scale, 0.0, torch.full_like(delta, math.nan)), (delta, y, scale), delta)
+
+    def outputs(_: Any, arguments: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:
+        return (arguments[-1],)
+
+    return Entry("affine_relu_vjp_out", "", _shape_name(*shape), make, _plain_vjp, outputs, _BOTH, scale_)
+
+
+def _affine_relu_jvp(shape: tuple[int, ...], scale_: int) -> Entry:
+    def make(make: Make) -> Inputs:
+        y, bits, scale = _activation(make, shape)
+        u, delta = make.normal(*shape), make.normal(*shape)
+        return Inputs((u, bits, scale, 0.0, delta, torch.full_like(u, math.nan)), (u, y, scale, delta), u)
+
+    def outputs(result: Any, arguments: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:
+        return arguments[-1], result
+
+    return Entry("affine_relu_jvp_out", "", _shape_name(*shape), make, _plain_jvp, outputs, _BOTH, scale_)
+
+
+def _pack_bits(size: int, scale_: int) -> Entry:
+    def make(make: Make) -> Inputs:
+        mask = make.normal(size, dtype=torch.float32) > 0
+        return Inputs((mask,), (mask,), mask)
+
+    def plain(mask: torch.Tensor) -> torch.Tensor:
+        weights = 1 << torch.arange(8, dtype=torch.uint8, device=mask.device)
+        return (mask.view(-1, 8) * weights).sum(1, dtype=torch.uint8)
+
+    return Entry("pack_bits", "", str(size), make, plain, scale=scale_)
+
+
+def _sq_norms(batch: int, scale_: int) -> Entry:
+    # The cotangents of a WRN-16-10's three stages.
+    shapes = [(batch, 160, 32, 32), (batch, 320, 16, 16), (batch, 640, 8, 8)] * 2
+
+    def make(make: Make) -> Inputs:
+        tensors = [make.normal(*shape) for shape in shapes]
+        return Inputs((tensors,), (tensors,), tensors[0])
+
+    def plain(tensors: list[torch.Tensor]) -> torch.Tensor:
+        norms = [torch.linalg.vector_norm(t, dim=(1, 2, 3), dtype=torch.float32) for t in tensors]
+        return torch.stack(norms).square()
+
+    return Entry("sq_norms", "", f"{len(shapes)} of {batch}xCxHxW", make, plain, layouts=_BOTH, scale=scale_)
+
+
+def _plain_linf(x: torch.Tensor, origin: torch.Tensor, gradient: torch.Tensor, step_size: float) -> torch.Tensor:
+    moved = x + step_size * gradient.sign()
+    return torch.min(torch.max(moved, origin - EPSILON), origin + EPSILON).clamp(0, 1)
+
+
+def _plain_l2(x: torch.Tensor, origin: torch.Tensor, gradient: torch.Tensor, step_size: float) -> torch.Tensor:
+    norms = torch.linalg.vector_norm(gradient, dim=(1, 2, 3), keepdim=True)
+    delta = x + step_size * gradient / (norms + 1e-12) - origin
+    norms = torch.linalg.vector_norm(delta, dim=(1, 2, 3), keepdim=True)
+    return (origin + delta * (EPSILON / norms).clamp(max=1)).clamp(0, 1)
+
+
+def _pgd_step(shape: tuple[int, ...], scale_: int, norm: str) -> Entry:
+    def make(make: Make) -> Inputs:
+        origin = make.uniform(*shape)
+        x = (origin + EPSILON * make.uniform(*shape, low=-1)).clamp(0, 1)
+        gradient = make.normal(*shape)
+        arguments = (
+            x,
+            origin,
+            gradient,
+            EPSILON / 4,
+            None,
+            EPSILON,
+            norm,
+            0.0,
+            1.0,
+            1,
+            None,
+            torch.full_like(x, math.nan),
+        )
+        return Inputs(arguments, (x, origin, gradient, EPSILON / 4), x)
+
+    def outputs(_: Any, arguments: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:
+        return (arguments[-1],)
+
+    plain = {"linf": _plain_linf, "l2": _plain_l2}[norm]
+    return Entry("pgd_step_out", norm, _shape_name(*shape), make, plain, outputs, scale=scale_)
+
+
+def _pgd_start(shape: tuple[int, ...], scale_: int) -> Entry:
+    def make(make: Make) -> Inputs:
+        origin = make.uniform(*shape)
+        return Inputs((origin, EPSILON, "linf", 7, 0, 0.0, 1.0), (origin,), origin)
+
+    def plain(origin: torch.Tensor) -> torch.Tensor:
+        return (origin + EPSILON * (2 * torch.rand_like(origin) - 1)).clamp(0, 1)
+
+    def deviation(results: tuple[torch.Tensor, ...], inputs: Inputs) -> float:
+        """Of the noise's moments from the uniform distribution's, where no clamp cuts it; inf outside the ball."""
+        (origin,) = inputs.plain
+        noise = (results[0].double() - origin.double()) / EPSILON
+        # Rounding of origin + noise to the dtype moves it by up to half a unit in the last place.
+        rounding = torch.finfo(origin.dtype).eps / EPSILON
+        if not bool(noise.abs().max() <= 1 + rounding):
+            return math.inf
+        inside = noise[(origin > EPSILON) & (origin < 1 - EPSILON)]
+        allowed = 5 / math.sqrt(inside.numel()) + rounding
+        return max(abs(float(inside.mean())), abs(float(inside.square().mean()) - 1 / 3)) / allowed
+
+    return Entry("pgd_start", "linf", _shape_name(*shape), make, plain, scale=scale_, deviation=deviation)
+
+
+# CIFAR and ImageNet batches.
+_PICTURES = (((128, 3, 32, 32), 0), ((512, 3, 32, 32), 1), ((64, 3, 224, 224), 2), ((512, 3, 224, 224), 3))
+
+ENTRIES: tuple[Entry, ...] = (
+    *(_affine_relu(*image, with_skip) for with_skip in (False, True) for image in _IMAGES),
+    *(_affine_relu_vjp(*image) for image in _IMAGES),
+    *(_affine_relu_jvp(*image) for image in _IMAGES),
+    *(_pack_bits(math.prod(shape), scale) for shape, scale in _IMAGES),
+    *(_sq_norms(batch, scale) for batch, scale in ((8, 0), (32, 1), (128, 2))),
+    *(_pgd_step(*picture, norm) for norm in ("linf", "l2") for picture in _PICTURES),
+    *(_pgd_start(*picture) for picture in _PICTURES),
+)

@@ -1,0 +1,99 @@
+"""A Markdown table of the rows that the micro-benchmarks left.
+
+    python -m benchmarks.micro.table FILE [--dtype float32] [--operator sq_norms]
+
+One line for each operator, size, dtype and memory format: the time of each contender, and for our best backend what it
+moves or computes a second, the part of the ceiling, and how many times faster it is than plain PyTorch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+OURS = ("cpu", "cuda", "triton")
+OTHERS = {"plain": "plain PyTorch", "compile": "torch.compile"}
+
+
+def read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The environment and the rows of a compact file, JSON or JSON lines. The last row of a benchmark counts."""
+    text = path.read_text()
+    try:
+        whole = json.loads(text)
+    except json.JSONDecodeError:
+        lines = [json.loads(line) for line in text.splitlines() if line.strip()]
+        whole = {"rows": [line for line in lines if "operator" in line]}
+        whole |= next((line for line in lines if "environment" in line), {})
+    rows = {tuple(row[k] for k in (*KEY, "contender")): row for row in whole["rows"]}
+    return {k: v for k, v in whole.items() if k != "rows"}, list(rows.values())
+
+
+KEY = ("operator", "case", "shape", "dtype", "layout")
+
+
+def time_text(seconds: float) -> str:
+    """With a unit, three digits."""
+    for unit, size in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds * 1e6:.3g} µs"
+
+
+def cell(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return ""
+    return "failed" if "failed" in row else time_text(row["seconds"])
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows as a Markdown table."""
+    groups: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[k] for k in KEY), {})[row["contender"]] = row
+    ours = [name for name in OURS if any(name in group for group in groups.values())]
+    header = ["operator", "size", "dtype", "layout", *ours, *OTHERS.values(), "rate", "of ceiling", "over plain"]
+    lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
+    for (operator, case, shape, dtype, layout), group in groups.items():
+        timed = [group[name] for name in ours if "seconds" in group.get(name, {})]
+        best = min(timed, key=lambda row: row["seconds"]) if timed else None
+        rate = ceiling = over = ""
+        if best is not None:
+            bytes_, flops = best.get("gigabytes_per_second"), best.get("teraflops_per_second")
+            rate = f"{bytes_:.3g} GB/s" if bytes_ is not None else f"{flops:.3g} TFLOP/s"
+            ceiling = f"{best['of_ceiling']:.0%}"
+            if "seconds" in group.get("plain", {}):
+                over = f"{group['plain']['seconds'] / best['seconds']:.1f}x"
+        cells = [" ".join(filter(None, (operator.removesuffix("_out"), case))), shape, dtype, layout]
+        cells += [cell(group.get(name)) for name in (*ours, *OTHERS)]
+        lines.append("| " + " | ".join([*cells, rate, ceiling, over]) + " |")
+    return "\n".join(lines)
+
+
+def heading(about: dict[str, Any]) -> str:
+    """The environment in a line."""
+    found, ceilings = about["environment"], about["ceilings"]
+    copy = ceilings["copy_bytes_per_second"] * 1e-9
+    parts = [found["device"], f"torch {found['torch']}", f"{found['threads']} threads", found["commit"], found["date"]]
+    return ", ".join([*parts, f"large copies at {copy:.3g} GB/s"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--dtype", help="this one only")
+    parser.add_argument("--operator", help="this one only")
+    options = parser.parse_args()
+    about, rows = read(options.file)
+    wanted = [
+        row
+        for row in rows
+        if options.dtype in (None, row["dtype"]) and options.operator in (None, row["operator"].removesuffix("_out"))
+    ]
+    print(f"{heading(about)}\n\n{table(wanted)}")
+
+
+if __name__ == "__main__":
+    main()
