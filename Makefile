@@ -41,10 +41,9 @@ typecheck: $(VENV)/installed
 triton-check: $(VENV)/installed
 	env -u TRITON_INTERPRET $(BIN)/python -m emr_kernels.triton.check
 
-# Every operator against plain PyTorch and torch.compile; takes minutes. RESULTS: where the files go.
-bench-micro: RESULTS ?= .benchmarks
+# Every operator against eager PyTorch and torch.compile, on the GPU if there is one; takes minutes.
 bench-micro: $(VENV)/installed
-	$(BIN)/python -m benchmarks.micro --output $(RESULTS)
+	$(BIN)/python -m benchmarks.micro --rounds .benchmarks/micro-rounds.json
 
 $(VENV)/torch:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or later is needed: make PYTHON=...")'

@@ -29,12 +29,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from benchmarks import environment
+from benchmarks.measure import WARM_ALLOCATOR, environment
 from emr_kernels import _extension, ops
 
 SHAPES = ((32, 160, 32, 32), (128, 160, 32, 32))
 FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
-ALLOCATORS = {"default": {}, "keeps memory": environment.WARM_ALLOCATOR}
+ALLOCATORS = {"default": {}, "keeps memory": WARM_ALLOCATOR}
 #: Bytes read and written for each element.
 MOVED = {"copy": 8, "forward": 8 + 1 / 8, "backward": 8 + 1 / 8, "fused": 16 + 1 / 4}
 
@@ -161,7 +161,7 @@ def main() -> None:
         ]
         print(json.dumps(cases))
         return
-    about = environment.describe(torch.device("cpu"))
+    about = environment(torch.device("cpu"))
     print(f"{about['device']}, {options.threads} threads, torch {about['torch']}, float32")
     cases = [report(case) for allocator in ALLOCATORS for case in in_own_process(allocator, options)]
     for case, kept in zip(cases[: len(cases) // 2], cases[len(cases) // 2 :], strict=True):

@@ -6,6 +6,7 @@ import datetime
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -17,6 +18,11 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from emr_kernels import _nvcc
+
+ROOT = Path(__file__).resolve().parent.parent
+#: Has glibc take all memory from its heap and never return any, so that an allocation is warm after the first one.
+WARM_ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**46), "MALLOC_TOP_PAD_": str(2**26)}
 Step = Callable[[], Any]
 
 
@@ -133,6 +139,32 @@ def device_name(device: torch.device) -> str:
     return platform.processor() or platform.machine()
 
 
+def _output(*command: str) -> str | None:
+    """What a command prints; None where it fails or is not there."""
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None if done.returncode == 0 else None
+
+
+def commit() -> str | None:
+    """The checkout's commit, with "+changes" where files differ from it; EMR_COMMIT where there is no repository."""
+    found = _output("git", "rev-parse", "HEAD")
+    if found is None:
+        return os.environ.get("EMR_COMMIT")
+    return found + ("+changes" if _output("git", "status", "--porcelain", "--untracked-files=no") else "")
+
+
+def _nvcc_version() -> str | None:
+    try:
+        told = _output(_nvcc.locate(), "--version")
+    except _nvcc.BuildError:
+        return None
+    match = re.search(r"V(\d[\d.]+)", told or "")
+    return match.group(1) if match else None
+
+
 def environment(device: torch.device) -> dict[str, Any]:
     """What a figure depends on beside the code."""
     try:
@@ -141,18 +173,28 @@ def environment(device: torch.device) -> dict[str, Any]:
         triton_version = triton.__version__
     except ImportError:
         triton_version = None
-    root = Path(__file__).resolve().parent.parent
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True).stdout.strip()
-    return {
+    found = {
         "device": device_name(device),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version() if device.type == "cuda" else None,
         "triton": triton_version,
+        "nvcc": _nvcc_version(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "processors": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "commit": commit or None,
+        "allocator": {name: value for name, value in os.environ.items() if name.startswith("MALLOC_")},
+        "commit": commit(),
         "date": datetime.date.today().isoformat(),
     }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        found |= {
+            "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+            "capability": f"{properties.major}.{properties.minor}",
+            "multiprocessors": properties.multi_processor_count,
+            "memory_bytes": properties.total_memory,
+            "cache_bytes": properties.L2_cache_size,
+        }
+    return found

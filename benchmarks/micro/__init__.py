@@ -1,4 +1,4 @@
-"""Every operator on every backend against plain PyTorch and torch.compile, with pytest-benchmark.
+"""Every operator on every backend against eager PyTorch and torch.compile, with pytest-benchmark.
 
     make bench-micro                               # everything, on the GPU if there is one
     python -m benchmarks.micro --device cpu -k pgd # a part

@@ -1,10 +1,11 @@
 """Runs the micro-benchmarks and writes what they found.
 
-    python -m benchmarks.micro [--device cpu|cuda] [--threads N] [--scale N] [-k EXPRESSION] [--output FOLDER]
+    python -m benchmarks.micro [--device cpu|cuda] [--output FILE.json] [--quick] [--threads N] [-k EXPRESSION]
 
-Leaves in the folder micro-<device>.json, the environment and one row for each benchmark, and pytest-benchmark's own
-micro-<device>-rounds.json with every round; and prints a table. Memory that is given back is kept for the next
-allocation, for every contender alike: a fresh large one costs a page fault for every 4 KiB (see benchmarks.fused).
+The file holds the environment, the machine's ceilings, one row for each benchmark, and which GPU backend won. A call
+that was cut off is gone on with by the next one for the same file and sources. --rounds FILE.json is pytest-benchmark's
+own file, with every round. On the CPU memory that is given back is kept for the next allocation, for every contender
+alike: a fresh large one costs a page fault for every 4 KiB (see benchmarks.fused).
 """
 
 from __future__ import annotations
@@ -18,35 +19,44 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.environment import ROOT, WARM_ALLOCATOR
-from benchmarks.micro import table
+from benchmarks.gpu_check import digest
+from benchmarks.measure import ROOT, WARM_ALLOCATOR
+from benchmarks.micro import rows, table
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output", type=Path, help=".benchmarks/micro-<device>.json")
+    parser.add_argument("--rounds", type=Path, help="pytest-benchmark's own file")
+    parser.add_argument("--quick", action="store_true", help="the smallest sizes only, uncompiled")
     parser.add_argument("--threads", type=int, help="on the CPU; torch's own choice")
-    parser.add_argument("--scale", type=int, help="largest sizes: 0 small, 1 medium, 2 large, 3 for a GPU")
     parser.add_argument("-k", help="pytest's expression for a part of the benchmarks")
-    parser.add_argument("--output", type=Path, default=ROOT / ".benchmarks")
     options = parser.parse_args()
-    options.output.mkdir(parents=True, exist_ok=True)
-    stem = options.output / f"micro-{options.device}"
-    lines = stem.with_suffix(".jsonl")
-    lines.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "pytest", "-q", str(ROOT / "benchmarks" / "micro" / "operators.py")]
-    command += ["--device", options.device, "--rows", str(lines)]
-    command += ["--benchmark-quiet", "--benchmark-json", f"{stem}-rounds.json"]
-    for name in ("threads", "scale", "k"):
-        value = getattr(options, name)
-        command += [] if value is None else ["-k" if name == "k" else f"--{name}", str(value)]
+    output = options.output or ROOT / ".benchmarks" / f"micro-{options.device}.json"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = output.with_suffix(f".{digest()}.jsonl")
+    for stale in set(output.parent.glob(f"{output.stem}.*.jsonl")) - {unfinished}:
+        stale.unlink()
+    expression = " and ".join(f"({e})" for e in (options.k, "not compile" if options.quick else None) if e)
+    command = [sys.executable, "-m", "pytest", "-q", "-rfEs", "--benchmark-quiet", "-p", "no:cacheprovider"]
+    command += [str(ROOT / "benchmarks" / "micro" / "operators.py")]
+    command += ["--device", options.device, "--rows", str(unfinished.resolve())]
+    command += ["--sizes", "0"] if options.quick else []
+    command += ["--threads", str(options.threads)] if options.threads else []
+    command += ["-k", expression] if expression else []
+    command += ["--benchmark-json", str(options.rounds.resolve())] if options.rounds else []
     code = subprocess.run(command, env={**os.environ, **WARM_ALLOCATOR}, cwd=ROOT).returncode
-    if not lines.exists():
+    if not unfinished.exists():
         return code or 1
-    about, rows = table.read(lines)
-    stem.with_suffix(".json").write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
-    lines.unlink()
-    print(f"\n{table.heading(about)}\n\n{table.table(rows)}\n\n{stem.with_suffix('.json')}")
+    about, found = rows.read(unfinished)
+    record = {**about, "winners": rows.winners(found), "duels": rows.duels(found), "rows": found}
+    output.write_text(json.dumps(record, indent=1) + "\n")
+    unfinished.unlink()
+    print(f"\n{table.heading(about)}\n\n{table.table(found)}")
+    if record["winners"]:
+        print(f"\nMEASURED = {record['winners']!r}")
+    print(f"\n{output}")
     return code
 
 

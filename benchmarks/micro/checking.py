@@ -20,16 +20,16 @@ BACKENDS = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 
 
 def contender(entry: Entry, name: str) -> tuple[Callable[..., Any], bool]:
-    """A contender's function, and whether it takes the plain formula's arguments.
+    """A contender's function, and whether it takes the eager formula's arguments.
 
     Raises:
         BackendUnavailableError: where there is none here.
     """
-    if name == "plain":
-        return entry.plain, True
+    if name == "eager":
+        return entry.eager, True
     if name == "compile":
         torch._dynamo.reset()
-        return torch.compile(entry.plain, dynamic=False), True
+        return torch.compile(entry.eager, dynamic=False), True
     _extension.prepare()
     return _dispatch.operators[entry.operator].kernel(name), False
 
@@ -51,11 +51,11 @@ def error_of(actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> 
     return found if found == found else math.inf
 
 
-def deviation(entry: Entry, function: Callable[..., Any], is_plain: bool, inputs: Inputs, dtype: torch.dtype) -> float:
+def deviation(entry: Entry, function: Callable[..., Any], is_eager: bool, inputs: Inputs, dtype: torch.dtype) -> float:
     """How far a contender's results are from right, 1 being what is allowed."""
-    result = function(*(inputs.plain if is_plain else inputs.arguments))
+    result = function(*(inputs.eager if is_eager else inputs.arguments))
     found = (
-        (result if isinstance(result, tuple) else (result,)) if is_plain else entry.outputs(result, inputs.arguments)
+        (result if isinstance(result, tuple) else (result,)) if is_eager else entry.outputs(result, inputs.arguments)
     )
     if entry.deviation is not None:
         return entry.deviation(found, inputs)
@@ -63,9 +63,9 @@ def deviation(entry: Entry, function: Callable[..., Any], is_plain: bool, inputs
     result = _dispatch.operators[entry.operator].reference(*inputs.arguments)
     expected = entry.outputs(result, inputs.arguments)
     pairs = zip(found, expected, strict=False)
-    if not is_plain:
+    if not is_eager:
         return max(error_of(f, e, TOLERANCES.get(e.dtype, 0.0)) for f, e in pairs)
-    # Plain PyTorch rounds to a narrow dtype between its operators, and keeps sums in it.
+    # Eager PyTorch rounds to a narrow dtype between its operators, and keeps sums in it.
     return max(error_of(f.to(e.dtype), e, 4 * TOLERANCES[dtype]) for f, e in pairs)
 
 

@@ -3,35 +3,20 @@
     python -m benchmarks.micro.table FILE [--dtype float32] [--operator sq_norms]
 
 One line for each operator, size, dtype and memory format: the time of each contender, and for our best backend what it
-moves or computes a second, the part of the ceiling, and how many times faster it is than plain PyTorch.
+moves or computes a second, the part of the ceiling, and how many times faster it is than eager PyTorch.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.micro.rows import KEY, read
+
 OURS = ("cpu", "cuda", "triton")
-OTHERS = {"plain": "plain PyTorch", "compile": "torch.compile"}
-
-
-def read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The environment and the rows of a compact file, JSON or JSON lines. The last row of a benchmark counts."""
-    text = path.read_text()
-    try:
-        whole = json.loads(text)
-    except json.JSONDecodeError:
-        lines = [json.loads(line) for line in text.splitlines() if line.strip()]
-        whole = {"rows": [line for line in lines if "operator" in line]}
-        whole |= next((line for line in lines if "environment" in line), {})
-    rows = {tuple(row[k] for k in (*KEY, "contender")): row for row in whole["rows"]}
-    return {k: v for k, v in whole.items() if k != "rows"}, list(rows.values())
-
-
-KEY = ("operator", "case", "shape", "dtype", "layout")
+OTHERS = {"eager": "eager PyTorch", "compile": "torch.compile"}
 
 
 def time_text(seconds: float) -> str:
@@ -45,27 +30,27 @@ def time_text(seconds: float) -> str:
 def cell(row: dict[str, Any] | None) -> str:
     if row is None:
         return ""
-    return "failed" if "failed" in row else time_text(row["seconds"])
+    return "failed" if row["error"] else time_text(row["seconds"])
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows as a Markdown table."""
     groups: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
     for row in rows:
-        groups.setdefault(tuple(row[k] for k in KEY), {})[row["contender"]] = row
+        groups.setdefault(tuple(row[field] for field in KEY[:-1]), {})[row["contender"]] = row
     ours = [name for name in OURS if any(name in group for group in groups.values())]
-    header = ["operator", "size", "dtype", "layout", *ours, *OTHERS.values(), "rate", "of ceiling", "over plain"]
+    header = ["operator", "size", "dtype", "layout", *ours, *OTHERS.values(), "rate", "of ceiling", "over eager"]
     lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
     for (operator, case, shape, dtype, layout), group in groups.items():
         timed = [group[name] for name in ours if "seconds" in group.get(name, {})]
         best = min(timed, key=lambda row: row["seconds"]) if timed else None
         rate = ceiling = over = ""
         if best is not None:
-            bytes_, flops = best.get("gigabytes_per_second"), best.get("teraflops_per_second")
-            rate = f"{bytes_:.3g} GB/s" if bytes_ is not None else f"{flops:.3g} TFLOP/s"
-            ceiling = f"{best['of_ceiling']:.0%}"
-            if "seconds" in group.get("plain", {}):
-                over = f"{group['plain']['seconds'] / best['seconds']:.1f}x"
+            scale, unit = (1e-9, "GB/s") if best["unit"] == "B/s" else (1e-12, "TFLOP/s")
+            rate = f"{best['rate'] * scale:.3g} {unit}"
+            ceiling = f"{best['fraction']:.0%}"
+            if "seconds" in group.get("eager", {}):
+                over = f"{group['eager']['seconds'] / best['seconds']:.1f}x"
         cells = [" ".join(filter(None, (operator.removesuffix("_out"), case))), shape, dtype, layout]
         cells += [cell(group.get(name)) for name in (*ours, *OTHERS)]
         lines.append("| " + " | ".join([*cells, rate, ceiling, over]) + " |")
@@ -74,10 +59,9 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 def heading(about: dict[str, Any]) -> str:
     """The environment in a line."""
-    found, ceilings = about["environment"], about["ceilings"]
-    copy = ceilings["copy_bytes_per_second"] * 1e-9
-    parts = [found["device"], f"torch {found['torch']}", f"{found['threads']} threads", found["commit"], found["date"]]
-    return ", ".join([*parts, f"large copies at {copy:.3g} GB/s"])
+    found, copy = about["environment"], about["ceilings"]["copy"] * 1e-9
+    parts = [found["device"], f"torch {found['torch']}", f"{found['threads']} threads", found["date"]]
+    return ", ".join([*parts, f"a large copy at {copy:.3g} GB/s"])
 
 
 def main() -> None:

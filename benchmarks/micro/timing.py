@@ -9,16 +9,16 @@ from typing import Any
 
 import torch
 
+from benchmarks.measure import copy_ceiling, matmul_ceiling, synchronize
+
 #: One step lasts at least this long, so that starting and ending it does not count.
 _LEAST_SECONDS = {"cpu": 2e-4, "cuda": 1e-3}
 _MOST_CALLS = 256
+#: A benchmark's rounds, those of the ceiling included, take about this long.
+_SECONDS = {"cpu": 0.4, "cuda": 0.1}
+_LEAST_ROUNDS, _MOST_ROUNDS = 7, 40
 
 Function = Callable[..., Any]
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 class Step:
@@ -29,7 +29,7 @@ class Step:
     """
 
     def __init__(self, function: Function, sets: Sequence[tuple[Any, ...]], device: torch.device) -> None:
-        self._function, self._sets, self._device = function, sets, device
+        self._function, self._sets, self.device = function, sets, device
         self.seconds: list[float] = []
         self.calls = 1
         self.captured = False
@@ -50,10 +50,10 @@ class Step:
             self._function(*self._sets[call % len(self._sets)])
 
     def _host_seconds(self) -> float:
-        synchronize(self._device)
+        synchronize(self.device)
         start = time.perf_counter()
         self._loop()
-        synchronize(self._device)
+        synchronize(self.device)
         return (time.perf_counter() - start) / self.calls
 
     def _capture(self) -> None:
@@ -101,19 +101,39 @@ def matmul_step(m: int, k: int, n: int, dtype: torch.dtype, device: torch.device
     return Step(lambda: torch.mm(a, b, out=out), [()], device)
 
 
-def ceilings(device: torch.device) -> dict[str, float]:
-    """The machine's best copy, in bytes read and written a second, and its matrix products, in operations a second."""
-    gpu = device.type == "cuda"
-    found = {}
-    moved = 2**31 if gpu else 2**28
-    copy = copy_step(moved, 1, device)
-    size = 8192 if gpu else 1024
-    steps = {"copy_bytes_per_second": (copy, moved)}
-    for dtype in (torch.float32, torch.bfloat16) if gpu else (torch.float32,):
-        name = f"matmul_{str(dtype).removeprefix('torch.')}_flops_per_second"
-        steps[name] = (matmul_step(size, size, size, dtype, device), 2 * size**3)
-    for name, (step, work) in steps.items():
-        for _ in range(7):
-            step.run()
-        found[name] = work / statistics.median(step.seconds[1:])
+def rounds_of(step: Step, ceiling: Step) -> int:
+    """How often to run two steps in turn; forgets the trial runs."""
+    for each in (ceiling, step):
+        each.run()
+    taken = sum(each.seconds[-1] * each.calls for each in (ceiling, step))
+    for each in (ceiling, step):
+        each.seconds.clear()
+    return max(_LEAST_ROUNDS, min(_MOST_ROUNDS, round(_SECONDS[step.device.type] / taken)))
+
+
+def figures(step: Step, ceiling: Step, work: int, unit: str) -> dict[str, Any]:
+    """What is kept of a benchmark: seconds, rate, and the part of the ceiling that was measured beside it."""
+    p20, p80 = (statistics.quantiles(step.seconds, n=5)[place] for place in (0, 3))
+    seconds, limit = statistics.median(step.seconds), statistics.median(ceiling.seconds)
+    found = {
+        "seconds": seconds,
+        "p20": p20,
+        "p80": p80,
+        "rounds": len(step.seconds),
+        "rate": work / seconds,
+        "unit": unit,
+        "ceiling": work / limit,
+        "fraction": limit / seconds,
+        "error": None,
+    }
+    if step.device.type == "cuda":
+        found |= {"captured": step.captured, "launched_seconds": step.launched_seconds()}
     return found
+
+
+def ceilings(device: torch.device) -> dict[str, Any]:
+    """The machine's best copy, in bytes read and written a second, and its matrix products, in operations a second."""
+    dtypes = (torch.float32, torch.bfloat16) if device.type == "cuda" else (torch.float32,)
+    size = 2**30 if device.type == "cuda" else 2**28
+    products = {str(dtype).removeprefix("torch."): matmul_ceiling(device, dtype) for dtype in dtypes}
+    return {"copy": copy_ceiling(device, size), "matmul": products}
