@@ -113,9 +113,9 @@ def _eager_affine_relu(a: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor
     return F.relu(t if skip is None else t + skip)
 
 
-def _eager_vjp(delta: torch.Tensor, y: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    masked = torch.ops.aten.threshold_backward(delta, y, 0)
-    return masked * scale.to(delta.dtype)[:, None, None]
+def _eager_vjp(delta: torch.Tensor, y: torch.Tensor, scale: torch.Tensor, held: Any) -> torch.Tensor:
+    product = torch.ops.aten.threshold_backward(delta, y, 0) * scale.to(delta.dtype)[:, None, None]
+    return product if held is None else product + held
 
 
 def _eager_jvp(
@@ -149,16 +149,18 @@ def _affine_relu(shape: tuple[int, ...], size: int, with_skip: bool) -> Entry:
     return Entry("affine_relu_out", case, _shape_name(*shape), make, _eager_affine_relu, outputs, _BOTH, size)
 
 
-def _affine_relu_vjp(shape: tuple[int, ...], size: int) -> Entry:
+def _affine_relu_vjp(shape: tuple[int, ...], size: int, with_skip: bool) -> Entry:
     def make(make: Make) -> Inputs:
         y, bits, scale = _activation(make, shape)
-        delta = make.normal(*shape)
-        return Inputs((delta, bits, scale, 0.0, torch.full_like(delta, math.nan)), (delta, y, scale), delta)
+        delta, held = make.normal(*shape), make.normal(*shape) if with_skip else None
+        out = torch.full_like(delta, math.nan)
+        return Inputs((delta, bits, scale, held, 0.0, out), (delta, y, scale, held), delta)
 
     def outputs(_: Any, arguments: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:
         return (arguments[-1],)
 
-    return Entry("affine_relu_vjp_out", "", _shape_name(*shape), make, _eager_vjp, outputs, _BOTH, size)
+    case = "skip" if with_skip else ""
+    return Entry("affine_relu_vjp_out", case, _shape_name(*shape), make, _eager_vjp, outputs, _BOTH, size)
 
 
 def _affine_relu_jvp(shape: tuple[int, ...], size: int) -> Entry:
@@ -314,7 +316,7 @@ _LOGITS = (((128, 10), 0), ((1024, 100), 1), ((4096, 1000), 2), ((65536, 1000), 
 
 ENTRIES: tuple[Entry, ...] = (
     *(_affine_relu(*image, with_skip) for with_skip in (False, True) for image in _IMAGES),
-    *(_affine_relu_vjp(*image) for image in _IMAGES),
+    *(_affine_relu_vjp(*image, with_skip) for with_skip in (False, True) for image in _IMAGES),
     *(_affine_relu_jvp(*image) for image in _IMAGES),
     *(_pack_bits(math.prod(shape), size) for shape, size in _IMAGES),
     *(_sq_norms(batch, size) for batch, size in ((8, 0), (32, 1), (128, 3))),
