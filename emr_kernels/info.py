@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from emr_kernels import _extension
+from emr_kernels import _build, _extension, _occupancy
 from emr_kernels.ops import _dispatch
 
 
@@ -21,6 +21,27 @@ class OperatorInfo:
     device: str
     backend: str
     why: str
+
+
+@dataclass(frozen=True)
+class KernelInfo:
+    """What one CUDA kernel takes on one architecture.
+
+    Attributes:
+        kernel: its name with template arguments.
+        architecture: compute capability, "9.0".
+        registers: of a thread.
+        shared: bytes of static shared memory of a block.
+        spilled: bytes of registers that a thread keeps in memory.
+        occupancy: theoretical, of blocks of 256 threads, between 0 and 1; None for an unlisted architecture.
+    """
+
+    kernel: str
+    architecture: str
+    registers: int
+    shared: int
+    spilled: int
+    occupancy: float | None
 
 
 @dataclass(frozen=True)
@@ -37,6 +58,9 @@ class Info:
         reason: why there are none, None with them.
         build: facts of the build: version, torch, compiler, instruction_sets compiled in, the instruction_set
             this processor gets, cuda_architectures. Empty without compiled operators.
+        cuda_library: path of the CUDA kernels that are loaded, None without them.
+        cuda_reason: why there are none, None with them.
+        kernels: one entry for each CUDA kernel that was built, loaded or not, and architecture.
         operators: one entry for each operator and type of device.
     """
 
@@ -50,6 +74,9 @@ class Info:
     library: str | None
     reason: str | None
     build: Mapping[str, Any]
+    cuda_library: str | None
+    cuda_reason: str | None
+    kernels: tuple[KernelInfo, ...]
     operators: tuple[OperatorInfo, ...]
 
     def __str__(self) -> str:
@@ -63,6 +90,7 @@ class Info:
             ("threads", str(self.threads)),
             ("EMR_BACKEND", self.forced_backend or "unset (the best available)"),
             ("library", self.library or f"none: {self.reason}"),
+            ("CUDA kernels", self.cuda_library or f"none: {self.cuda_reason}"),
         ]
         if build:
             sets = ", ".join(build["instruction_sets"])
@@ -79,7 +107,26 @@ class Info:
             f"{entry.operator:<{name_width}}  {entry.device:<6}  {entry.backend:<9}  {entry.why}"
             for entry in self.operators
         ]
-        return "\n".join(lines)
+        return "\n".join([*lines, *self._kernel_lines()])
+
+    def _kernel_lines(self) -> list[str]:
+        if not self.kernels:
+            return []
+        architectures = list(dict.fromkeys(entry.architecture for entry in self.kernels))
+        rows = {"": {name: name for name in architectures}}
+        for entry in self.kernels:
+            share = "?" if entry.occupancy is None else f"{entry.occupancy:.0%}"
+            spilled = f" +{entry.spilled}" if entry.spilled else ""
+            cell = f"{entry.registers}{spilled} {entry.shared} {share}"
+            rows.setdefault(entry.kernel, {})[entry.architecture] = cell
+        widths = {name: max(len(row.get(name, "")) for row in rows.values()) for name in architectures}
+        first = max(map(len, rows))
+        lines = [
+            "  ".join([f"{kernel:<{first}}", *(f"{row.get(name, ''):>{widths[name]}}" for name in architectures)])
+            for kernel, row in rows.items()
+        ]
+        title = "CUDA kernels: registers (+ bytes spilled), bytes of shared memory, occupancy of blocks of 256 threads"
+        return ["", title, *lines]
 
 
 def _devices() -> tuple[str, ...]:
@@ -87,6 +134,21 @@ def _devices() -> tuple[str, ...]:
     if not torch.cuda.is_available():
         return (cpu,)
     return (cpu, *(f"cuda:{i}: {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())))
+
+
+def _kernels() -> tuple[KernelInfo, ...]:
+    report = {} if _extension.library is None else _build.read_report(_extension.library.parent)
+    return tuple(
+        KernelInfo(
+            kernel["kernel"],
+            kernel["architecture"],
+            kernel["registers"],
+            kernel["shared"],
+            kernel["spill_stores"],
+            _occupancy.occupancy(kernel["architecture"], kernel["registers"], kernel["shared"]),
+        )
+        for kernel in report.get("kernels", ())
+    )
 
 
 def info() -> Info:
@@ -104,6 +166,9 @@ def info() -> Info:
         library=None if _extension.library is None else str(_extension.library),
         reason=_extension.reason,
         build={} if facts is None else facts.facts(),
+        cuda_library=None if _extension.cuda_library is None else str(_extension.cuda_library),
+        cuda_reason=_extension.cuda_reason,
+        kernels=_kernels(),
         operators=tuple(
             OperatorInfo(operator.name, device, *operator.serving(device))
             for operator in _dispatch.operators.values()

@@ -1,8 +1,10 @@
 // Which instruction sets the CPU kernels are compiled for, and which one this processor gets.
 #pragma once
 
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <stdexcept>
 
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
 #define EMR_X86 1
@@ -36,17 +38,24 @@ inline Isa best_isa() {
   return Isa::baseline;
 }
 
-// The best the processor has, or a lower one that EMR_CPU_ISA names.
+// The best the processor has, or a lower one that EMR_CPU_ISA names; throws for a name that is none of these.
 inline Isa chosen_isa() {
   const Isa best = best_isa();
-  if (const char* wanted = std::getenv("EMR_CPU_ISA")) {
-    for (int i = 0; i < kIsaCount; ++i) {
-      if (std::strcmp(wanted, kIsaNames[i]) == 0 && i <= static_cast<int>(best)) {
-        return static_cast<Isa>(i);
-      }
+  const char* wanted = std::getenv("EMR_CPU_ISA");
+  if (wanted == nullptr || *wanted == '\0') {
+    return best;
+  }
+  for (int i = 0; i <= static_cast<int>(best); ++i) {
+    if (std::strcmp(wanted, kIsaNames[i]) == 0) {
+      return static_cast<Isa>(i);
     }
   }
-  return best;
+  // No std::string: what it instantiates would be compiled for AVX in the files that are, and shared with the others.
+  char message[200];
+  std::snprintf(
+      message, sizeof message, "EMR_CPU_ISA is '%.40s'; expected %s, any set up to this processor's %s, or unset", wanted,
+      kIsaNames[0], kIsaNames[static_cast<int>(best)]);
+  throw std::runtime_error(message);
 }
 
 }  // namespace emr
