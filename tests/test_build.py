@@ -110,7 +110,7 @@ def test_first_use_builds_once(tmp_path: Path) -> None:
                 target = tmp_path / name / file.relative_to(ROOT / name)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_bytes(file.read_bytes())
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "EMR_CACHE": str(tmp_path / "cache")}
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "EMR_CACHE": str(tmp_path / "cache"), "EMR_CUDA": "0"}
     for name in ("EMR_BACKEND", "EMR_BUILD"):
         environment.pop(name, None)
     runs = [
