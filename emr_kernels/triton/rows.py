@@ -7,7 +7,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-_BLOCK = 4096
+_BLOCK = 2048
 _TILE = 512
 
 # Below the order of every logit, -inf included.
