@@ -58,12 +58,30 @@ def check_images(x: Tensor, y: Tensor) -> None:
         raise ValueError(f"y has the label {int(y.min())}; expected class indices >= 0")
 
 
-def check_logits(logits: Tensor, y: Tensor) -> None:
-    """Raise ValueError unless `logits` is [N, C] with C >= 2 and no NaN, and every label in y is below C."""
+def check_targets(target: Tensor, y: Tensor) -> None:
+    """Raise unless target is int64 [N] on y's device, no target negative or equal to its label."""
+    if not isinstance(target, Tensor) or target.dtype != torch.int64:
+        got = target.dtype if isinstance(target, Tensor) else type(target).__name__
+        raise TypeError(f"target is of type {got}; expected class indices as a torch.int64 tensor [N]")
+    if target.shape != y.shape or target.device != y.device:
+        found = f"shape {list(target.shape)} on {target.device}"
+        raise ValueError(f"target has {found}; expected {list(y.shape)} on {y.device}, one target for each label")
+    if y.numel() and int(target.min()) < 0:
+        raise ValueError(f"target has the class {int(target.min())}; expected class indices >= 0")
+    same = int((target == y).sum())
+    if same:
+        raise ValueError(f"target is the label itself in {same} places; expected another class for each image")
+
+
+def check_logits(logits: Tensor, y: Tensor, target: Tensor | None = None) -> None:
+    """Raise ValueError unless `logits` is [N, C], C >= 2, without NaN, and labels and targets are below C."""
     if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[0] != y.shape[0] or logits.shape[1] < 2:
         got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(f"the model's output is {got}; expected logits [{y.shape[0]}, C] with C >= 2 classes")
     if bool(logits.isnan().any()):
         raise ValueError("the model's output has NaN; expected numbers, as NaN logits count for no class")
-    if y.numel() and int(y.max()) >= logits.shape[1]:
-        raise ValueError(f"y has the label {int(y.max())}; expected labels below the model's {logits.shape[1]} classes")
+    classes = logits.shape[1]
+    if y.numel() and int(y.max()) >= classes:
+        raise ValueError(f"y has the label {int(y.max())}; expected labels below the model's {classes} classes")
+    if target is not None and target.numel() and int(target.max()) >= classes:
+        raise ValueError(f"target has the class {int(target.max())}; expected classes below the model's {classes}")

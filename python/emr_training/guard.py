@@ -2,37 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 from lightning_fabric.wrappers import _FabricModule
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 
 @contextmanager
-def left_as_found(model: nn.Module, device: torch.device) -> Iterator[nn.Module]:
+def left_as_found(
+    model: Callable[[Tensor], Tensor], device: torch.device, *, evaluation: bool = True
+) -> Iterator[None]:
     """The model in evaluation mode, parameters frozen; all as it was on leaving, also by an exception.
 
     Restored are: each module's training flag, each parameter's requires_grad, each buffer (a model may write
-    into its buffers even in evaluation mode), and the global random state of the CPU and of `device`.
+    into its buffers even in evaluation mode), and the global random state of the CPU and of `device`. Without
+    `evaluation` each module stays in its mode, and what it writes into its buffers stays written. Of a callable that is
+    no module nothing is known but the random state.
     """
-    modes = [(module, module.training) for module in model.modules()]
-    parameters = [(p, p.requires_grad) for p in model.parameters()]
-    buffers = [(b, b.detach().clone()) for b in model.buffers()]
+    module = model if isinstance(model, nn.Module) else nn.Module()
+    modes = [(part, part.training) for part in module.modules()]
+    parameters = [(p, p.requires_grad) for p in module.parameters()]
+    buffers = [(b, b.detach().clone()) for b in module.buffers()] if evaluation else []
     cuda = [device] if device.type == "cuda" else []
     try:
         with torch.random.fork_rng(devices=cuda), torch.inference_mode(False), torch.enable_grad():
             # The flag itself rather than .eval(), which users override to keep some modules in another mode.
-            for module, _ in modes:
-                module.training = False
+            for part, training in modes:
+                part.training = training and not evaluation
             for p, _ in parameters:
                 p.requires_grad_(False)
-            yield model
+            yield
     finally:
-        for module, training in modes:
-            module.training = training
+        for part, training in modes:
+            part.training = training
         for p, requires_grad in parameters:
             p.requires_grad_(requires_grad)
         with torch.no_grad():

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from emr_training.attacks import PGD
-from emr_training.attacks.base import check_in_ball, objective, objective_seed
+from emr_training.attacks.balls import Ball
+from emr_training.attacks.losses import cross_entropy
 from emr_training.data import Data
 from emr_training.evaluation import clean_accuracy, robust_accuracy
 
@@ -36,10 +37,10 @@ def test_objective_orders_as_cross_entropy() -> None:
     logits = 5 * torch.randn(32, 7, dtype=torch.float64, requires_grad=True)
     y = torch.randint(7, (32,))
     losses = F.cross_entropy(logits, y, reduction="none")
-    torch.testing.assert_close(F.softplus(objective(logits, y)), losses)
+    torch.testing.assert_close(F.softplus(cross_entropy(logits, y)[0]), losses)
     (gradient,) = torch.autograd.grad(losses.sum(), logits)
     wrong = 1 - logits.detach().softmax(1).gather(1, y[:, None])
-    torch.testing.assert_close(objective_seed(logits.detach(), y) * wrong, gradient)
+    torch.testing.assert_close(cross_entropy(logits.detach(), y)[1] * wrong, gradient)
 
 
 def test_objective_seed_survives_confident_logits() -> None:
@@ -48,7 +49,7 @@ def test_objective_seed_survives_confident_logits() -> None:
     leaf = logits.clone().requires_grad_()
     (plain,) = torch.autograd.grad(F.cross_entropy(leaf, y), leaf)
     assert not plain.any()
-    torch.testing.assert_close(objective_seed(logits, y)[0, 0], torch.tensor(-1.0))
+    torch.testing.assert_close(cross_entropy(logits, y)[1][0, 0], torch.tensor(-1.0))
 
 
 @pytest.mark.parametrize("scale", [1.0, 1000.0])
@@ -87,7 +88,7 @@ def test_more_work_is_never_weaker(net: nn.Module, robust_net: nn.Module, splits
 def test_best_returns_the_first_success_and_never_a_weaker_point(net: nn.Module, batch: Data) -> None:
     x_adv = PGD(0.05, 10, restarts=2)(net, batch.x, batch.y)
     with torch.no_grad():
-        before, after = objective(net(batch.x), batch.y), objective(net(x_adv), batch.y)
+        before, after = (cross_entropy(net(x), batch.y)[0] for x in (batch.x, x_adv))
     assert (after >= before - 1e-5).all()
     wrong = net(batch.x).argmax(1) != batch.y
     assert torch.equal(x_adv[wrong], batch.x[wrong])
@@ -110,7 +111,7 @@ def test_a_success_of_lower_loss_replaces_a_failure_of_higher_loss() -> None:
 def test_last_with_restarts_keeps_the_greatest_loss(robust_net: nn.Module, batch: Data) -> None:
     def loss(restarts: int) -> Tensor:
         x_adv = PGD(0.3, 3, restarts=restarts, keep="last")(robust_net, batch.x, batch.y)
-        return objective(robust_net(x_adv), batch.y).detach()
+        return cross_entropy(robust_net(x_adv), batch.y)[0].detach()
 
     assert (loss(4) >= loss(1) - 1e-5).all()
     assert (loss(4) > loss(1) + 1e-3).any()
@@ -258,7 +259,7 @@ def test_nan_model_is_not_robust(keep: str) -> None:
 
 
 def test_bounds_check_catches_a_faulty_attack() -> None:
-    with pytest.raises(RuntimeError, match="left its bounds: distance"):
-        check_in_ball((X + 0.2).clamp(0, 1), X, 0.1)
-    with pytest.raises(RuntimeError, match="left its bounds"):
-        check_in_ball(X + 1, X, 1.0)
+    with pytest.raises(RuntimeError, match="left its ball: Linf distance"):
+        Ball("Linf", 0.1).check((X + 0.2).clamp(0, 1), X)
+    with pytest.raises(RuntimeError, match="left the box"):
+        Ball("Linf", 1.0).check(X + 1, X)

@@ -1,6 +1,7 @@
 """Adversarial attacks: a frozen dataclass each, called `attack(model, x, y) -> x_adv`."""
 
-from emr_training.attacks.base import Attack
-from emr_training.attacks.pgd import PGD
+from emr_training.attacks.base import Attack, BoundedAttack
+from emr_training.attacks.fgsm import FGSM, RFGSM
+from emr_training.attacks.pgd import BIM, MIFGSM, PGD
 
-__all__ = ["PGD", "Attack"]
+__all__ = ["BIM", "FGSM", "MIFGSM", "PGD", "RFGSM", "Attack", "BoundedAttack"]

@@ -1,59 +1,137 @@
-"""What every attack shares: its interface, its objective, and the check of its result."""
+"""What every attack shares: its call, and what is checked before and after the search."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
+from abc import ABC, abstractmethod
+from dataclasses import KW_ONLY, dataclass
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-Model = Callable[[Tensor], Tensor]
+from emr_training.attacks.balls import Ball, Norm, check_in_box
+from emr_training.attacks.classifier import ENGINES, PRECISIONS, Classifier, Engine, Model, Precision
+from emr_training.attacks.problem import Problem
+from emr_training.errors import check_count, check_images, check_targets, nearest
+from emr_training.guard import bare, left_as_found
 
 
-class Attack(Protocol):
-    """Finds, for each image, a misclassified one nearby.
+@dataclass(frozen=True)
+class Attack(ABC):
+    """Finds, for each image, a misclassified one nearby; called as `attack(model, x, y) -> x_adv`.
 
-    `attack(model, x, y)` takes images x [N, ...] in [0, 1], labels y [N] (int64) and a model that returns
-    logits [N, C] and holds its input normalisation inside. It returns x_adv, shaped and typed like x and
-    detached. `generator` is the source of random starts; without one, a fresh generator with the attack's
-    own seed is used.
+    The model, its gradients, modes and BatchNorm statistics, and the global random state are as before afterwards,
+    also when the call ends by an exception.
+
+    seed: of the random numbers, where the call is given no generator.
+    bn_mode: "eval": every module in evaluation mode during the attack. "train": every module stays in the mode it is
+        in, as in codes that attack a model in training mode: there BatchNorm normalises by the statistics of the batch
+        that is attacked, each forward of the attack moves its running statistics (they are not put back), and dropout
+        is active.
+    precision: of the search: "ambient" as the caller's autocast says, else autocast to this dtype ("float32": off).
+        A success counts only once the model itself, without autocast, agrees.
+    engine: "auto" runs the model as a linearized program where that is exact, "autograd" never does.
     """
+
+    _: KW_ONLY
+    seed: int = 0
+    bn_mode: Literal["eval", "train"] = "eval"
+    precision: Precision = "ambient"
+    engine: Engine = "auto"
+
+    #: Whether the attack takes a target class for each image.
+    targetable: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_count("seed", self.seed, low=0)
+        for name, choices in (("bn_mode", ("eval", "train")), ("precision", PRECISIONS), ("engine", ENGINES)):
+            check_choice(name, getattr(self, name), choices)
 
     def __call__(
-        self, model: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None
-    ) -> Tensor: ...
+        self,
+        model: Model,
+        x: Tensor,
+        y: Tensor,
+        *,
+        target: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Adversarial examples [N, ...], like x and detached.
+
+        Args:
+            model: returns logits [N, C] and holds its input normalisation inside: an nn.Module, or any callable (whose
+                modes and statistics are then the caller's business).
+            x: images [N, ...] in [0, 1].
+            y: labels [N], int64.
+            target: classes [N], int64, that the images are to be taken for; None: any but the label.
+            generator: source of random numbers, on x's device; None: a fresh one with `seed`.
+
+        Raises:
+            TypeError, ValueError: for an x outside [0, 1], labels or targets out of range, a model that returns no
+                logits [N, C] or NaN, or that has no gradient.
+        """
+        check_images(x, y)
+        if target is not None:
+            if not self.targetable:
+                raise ValueError(f"target is given; expected None, as {type(self).__name__} has no targeted form")
+            check_targets(target, y)
+        if generator is None:
+            generator = torch.Generator(x.device).manual_seed(self.seed)
+        if not callable(model):
+            raise TypeError(f"model is of type {type(model).__name__}; expected a callable that returns logits [N, C]")
+        if x.numel() == 0:
+            return x.detach().clone()
+        if isinstance(model, nn.Module):
+            model = bare(model)
+        evaluation = self.bn_mode == "eval"
+        with left_as_found(model, x.device, evaluation=evaluation):
+            # Tensors made in inference mode cannot take part in autograd; copies made outside of it can.
+            x, y = x.detach().clone(), y.clone()
+            target = None if target is None else target.clone()
+            classifier = Classifier(model, self.engine, self.precision, evaluation=evaluation)
+            x_adv = self.search(Problem(classifier, x, y, target, generator))
+        return self.verify(x_adv.detach(), x)
+
+    @abstractmethod
+    def search(self, problem: Problem) -> Tensor:
+        """Adversarial examples for a problem of at least one image."""
+
+    def verify(self, x_adv: Tensor, x: Tensor) -> Tensor:
+        """Return x_adv; raise RuntimeError if it is not where the attack promises."""
+        return check_in_box(x_adv)
 
 
-def objective(logits: Tensor, y: Tensor) -> Tensor:
-    """What attacks maximise, for logits z [N, C]: m = (logsumexp over j != y of z_j) - z_y, [N].
+@dataclass(frozen=True)
+class BoundedAttack(Attack):
+    """An attack within `epsilon` of the image, in units of the [0, 1] pixel range.
 
-    Cross-entropy is log(1 + exp(m)), so m orders points as cross-entropy does, without saturating at zero.
+    norm: "Linf", "L2" or "L1", in which epsilon is measured.
     """
-    rivals = logits.scatter(1, y[:, None], -torch.inf)
-    return rivals.logsumexp(1) - logits.gather(1, y[:, None]).squeeze(1)
+
+    epsilon: float
+    _: KW_ONLY
+    norm: Norm = "Linf"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        Ball(self.norm, self.epsilon)
+
+    @property
+    def ball(self) -> Ball:
+        """Where the attack may go."""
+        return Ball(self.norm, self.epsilon)
+
+    def verify(self, x_adv: Tensor, x: Tensor) -> Tensor:
+        """Return x_adv; raise RuntimeError unless it is in the ball around x and in [0, 1]."""
+        return self.ball.check(x_adv, x)
 
 
-def objective_seed(logits: Tensor, y: Tensor) -> Tensor:
-    """dm/dz of `objective`, [N, C]: cross-entropy's gradient in the logits, divided by 1 - p_y > 0.
-
-    Sign and normalised steps are the same as with cross-entropy, but nothing underflows on confident
-    points, where an attack would otherwise see a zero gradient and report robustness that is not there.
-    """
-    rivals = logits.scatter(1, y[:, None], -torch.inf)
-    return rivals.softmax(1).scatter(1, y[:, None], -1.0)
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise ValueError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}; {nearest(str(value), list(choices))}")
 
 
-def check_in_ball(x_adv: Tensor, x: Tensor, epsilon: float) -> Tensor:
-    """Return x_adv [N, ...]; raise RuntimeError unless it lies in the Linf ball around x and in [0, 1]."""
-    if x.numel():
-        low, high = torch.aminmax(x_adv)
-        distance = float((x_adv - x).abs().max())
-        # One rounding in x + epsilon and one in the difference, both of numbers up to 1 + epsilon.
-        rounding = 2 * (1 + epsilon) * torch.finfo(x.dtype).eps
-        if not (float(low) >= 0 and float(high) <= 1 and distance <= epsilon + rounding):
-            raise RuntimeError(
-                f"the attack left its bounds: distance {distance:g} (epsilon {epsilon:g}), values in "
-                f"[{float(low):g}, {float(high):g}]"
-            )
-    return x_adv
+def per_row(vector: Tensor, like: Tensor) -> Tensor:
+    """`vector` [N] shaped to broadcast over the rows of `like` [N, ...]."""
+    return vector.view(-1, *[1] * (like.dim() - 1))

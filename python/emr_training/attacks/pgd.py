@@ -1,142 +1,182 @@
-"""Projected gradient descent in the Linf ball."""
+"""Projected gradient descent and its relatives: BIM, MI-FGSM."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from emr_kernels.ops import pgd_step
-from emr_training.attacks.base import Model, check_in_ball, objective, objective_seed
-from emr_training.errors import check_count, check_images, check_logits, check_number, nearest
-from emr_training.guard import left_as_found
+from emr_training.attacks.base import BoundedAttack, check_choice, per_row
+from emr_training.attacks.losses import LOSSES, Loss, divergence
+from emr_training.attacks.problem import Problem
+from emr_training.errors import check_count, check_number
 
 
 @dataclass(frozen=True)
-class PGD:
-    """Untargeted Linf PGD on cross-entropy: x <- clip(x + step_size * sign(gradient)) to ball and box.
+class PGD(BoundedAttack):
+    """x <- P(x + step), P the projection on ball and box; Madry et al. 2018.
 
-    Source: Madry et al. 2018. `epsilon` and `step_size` are in units of the [0, 1] pixel range; step_size
-    None is 2.5 * epsilon / steps. A random start is uniform in the ball. `keep` says which point of a path
-    is returned:
+    The step is step_size * sign(gradient) under Linf, step_size * gradient / ||gradient||_2 under L2, and under L1
+    step_size shared evenly by the `fraction` of the pixels with the largest gradients (Tramer and Boneh 2019).
 
-    - "best": the first misclassified point of any restart (such a sample is attacked no further), else the
-      point of greatest cross-entropy, the clean image included. For evaluation: more steps or restarts are
-      never weaker.
-    - "last": the end point (of several restarts, the one of greatest cross-entropy). For adversarial
-      training.
+    steps, step_size: None is 2.5 * epsilon / steps.
+    loss: "ce", "cw" (the margin of Carlini and Wagner), "dlr", or "kl" (TRADES's: the divergence from the clean image's
+        softmax; it needs a random start and has no targeted form).
+    random_start: uniform in the ball; with start_std a Gaussian of that standard deviation (TRADES and MART: 0.001).
+    restarts: independent runs.
+    keep: which point of a path is returned.
 
-    Raises ValueError or TypeError for a value out of range, an x outside [0, 1] or a label out of range.
+        - "best": the first success of any restart (such a sample is attacked no further), else the point of greatest
+          loss, the clean image included. For evaluation: more steps or restarts are never weaker.
+        - "last": the end point (of several restarts, the one of greatest loss). For adversarial training.
+
+    Raises ValueError or TypeError for a value out of range; see `Attack` for the call.
     """
 
-    epsilon: float
     steps: int = 10
     step_size: float | None = None
     restarts: int = 1
     random_start: bool = True
+    start_std: float | None = None
+    loss: Literal["ce", "cw", "dlr", "kl"] = "ce"
+    fraction: float = 0.01
+    momentum: float = 0.0
     keep: Literal["best", "last"] = "best"
-    seed: int = 0
+
+    targetable: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_number("epsilon", self.epsilon, low=0.0)
+        super().__post_init__()
         check_count("steps", self.steps)
         check_count("restarts", self.restarts)
         if self.step_size is not None:
             check_number("step_size", self.step_size, low=0.0)
-        if self.keep not in ("best", "last"):
-            raise ValueError(f"keep is {self.keep!r}; {nearest(str(self.keep), ['best', 'last'])}")
+        if self.start_std is not None:
+            check_number("start_std", self.start_std, low=0.0)
+        check_number("fraction", self.fraction, low=0.0, high=1.0)
+        check_number("momentum", self.momentum, low=0.0)
+        check_choice("keep", self.keep, ("best", "last"))
+        check_choice("loss", self.loss, (*LOSSES, "kl"))
         if self.restarts > 1 and not self.random_start:
             raise ValueError(f"restarts is {self.restarts} without random_start; expected 1, as all would be the same")
+        if self.loss == "kl" and not self.random_start:
+            raise ValueError("loss is 'kl' without random_start; expected a random start, as its gradient is 0 at x")
 
     @property
     def step(self) -> float:
         """The step size in use, in units of the [0, 1] pixel range."""
         return 2.5 * self.epsilon / self.steps if self.step_size is None else self.step_size
 
-    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
-        """Adversarial examples for images x [N, ...] in [0, 1] and labels y [N] (int64); see `Attack`."""
-        check_images(x, y)
-        if x.numel() == 0:
-            return x.detach().clone()
-        if generator is None:
-            generator = torch.Generator(x.device).manual_seed(self.seed)
-        with left_as_found(model, x.device):
-            # Tensors made in inference mode cannot take part in autograd; copies made outside of it can.
-            x, y = x.detach().clone(), y.clone()
-            x_adv = (self._best if self.keep == "best" else self._last)(model, x, y, generator)
-        return check_in_ball(x_adv, x, self.epsilon)
+    def search(self, problem: Problem) -> Tensor:
+        """See `Attack`."""
+        if self.loss == "kl" and problem.target is not None:
+            raise ValueError("target is given with loss 'kl'; expected 'ce', 'cw' or 'dlr' for a targeted attack")
+        return (self._best if self.keep == "best" else self._last)(problem)
 
-    def _start(self, x: Tensor, generator: torch.Generator) -> Tensor:
+    def _loss(self, clean: Tensor | None) -> Loss:
+        if self.loss != "kl":
+            return LOSSES[self.loss]
+        assert clean is not None
+        return divergence(clean)
+
+    def _start(self, problem: Problem) -> Tensor:
+        x = problem.x
         if not self.random_start:
             return x
-        noise = torch.rand(x.shape, dtype=x.dtype, device=x.device, generator=generator)
-        start = (x + self.epsilon * (2 * noise - 1)).clamp(x - self.epsilon, x + self.epsilon)
-        return start.clamp(0, 1)
+        if self.start_std is None:
+            return self.ball.start(x, problem.generator)
+        noise = torch.empty_like(x).normal_(0.0, self.start_std, generator=problem.generator)
+        return self.ball.project(x + noise, x)
 
-    def _stepped(self, point: Tensor, x: Tensor, gradient: Tensor) -> Tensor:
-        # A NaN in the gradient moves nothing, rather than spoil the point.
-        return pgd_step(point, x, gradient.nan_to_num(0.0), self.step, self.epsilon)
+    def _moved(self, point: Tensor, x: Tensor, gradient: Tensor, out: Tensor | None = None) -> Tensor:
+        return self.ball.step(point, x, gradient, self.step, fraction=self.fraction, out=out)
 
-    def _last(self, model: Model, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
+    def _direction(self, velocity: Tensor | None, gradient: Tensor) -> Tensor:
+        """The gradient, or with momentum mu MI-FGSM's velocity mu * velocity + gradient / mean |gradient|."""
+        if self.momentum == 0:
+            return gradient
+        scale = gradient.abs().flatten(1).mean(1).clamp_min(torch.finfo(gradient.dtype).tiny)
+        unit = gradient / per_row(scale, gradient)
+        return unit if velocity is None else velocity.mul_(self.momentum).add_(unit)
+
+    def _last(self, problem: Problem) -> Tensor:
+        x = problem.x
+        loss = self._loss(problem.logits(x) if self.loss == "kl" else None)
         best, best_value = x, None
-        for restart in range(self.restarts):
-            point = self._start(x, generator)
-            for step in range(self.steps):
-                _, gradient = ascent(model, point, y, check=restart == step == 0)
-                point = self._stepped(point, x, gradient)
+        for _ in range(self.restarts):
+            point, velocity = self._start(problem), None
+            for _ in range(self.steps):
+                _, _, gradient = problem.ascend(point, loss)
+                velocity = self._direction(velocity, gradient)
+                point = self._moved(point, x, velocity, out=None if point is x else point)
             if self.restarts == 1:
                 return point
-            with torch.no_grad():
-                value = objective(model(point), y)
+            value, _ = loss(problem.logits(point), problem.y, problem.target)
             if best_value is None:
                 best, best_value = point, value
             else:
-                better = value > best_value
-                best = torch.where(_rows(better, point), point, best)
+                best = torch.where(per_row(value > best_value, point), point, best)
                 best_value = torch.maximum(best_value, value)
         return best
 
-    def _best(self, model: Model, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
-        with torch.no_grad():
-            logits = model(x)
-        check_logits(logits, y)
-        best = x.clone()
-        best_value = objective(logits, y)
-        active = (logits.argmax(1) == y).nonzero().squeeze(1)  # samples that no point has fooled so far
+    def _best(self, problem: Problem) -> Tensor:
+        clean = problem.logits(problem.x)
+        loss = self._loss(clean)
+        best = problem.x.clone()
+        best_value, _ = loss(clean, problem.y, problem.target)
+        active = (~problem.fooled(problem.x, clean)).nonzero().squeeze(1)  # no point has succeeded so far
         for _ in range(self.restarts):
-            # Noise for all samples, so that one sample's start does not depend on which others are left.
-            start = self._start(x, generator)
+            # Drawn for all samples, so that one sample's start does not depend on which others are left.
+            start = self._start(problem)
             if active.numel() == 0:
                 break
-            point, origin, label = start[active], x[active], y[active]
+            left, point, velocity = problem.subset(active), start[active], None
+            loss = self._loss(clean[active])
             for step in range(self.steps + 1):
-                logits, gradient = ascent(model, point, label)
-                correct, value = logits.argmax(1) == label, objective(logits, label)
-                update = ~correct | (value > best_value[active])
+                if step < self.steps:
+                    logits, value, gradient = left.ascend(point, loss)
+                else:
+                    logits = left.logits(point)
+                    value, _ = loss(logits, left.y, left.target)
+                fooled = left.fooled(point, logits)
+                update = fooled | (value > best_value[active])
                 best[active[update]] = point[update]
                 best_value[active[update]] = value[update]
-                if not bool(correct.all()):
-                    active, point, label = active[correct], point[correct], label[correct]
-                    origin, gradient = origin[correct], gradient[correct]
+                if bool(fooled.any()):
+                    stays = (~fooled).nonzero().squeeze(1)
+                    active, left, point = active[stays], left.subset(stays), point[stays]
                     if active.numel() == 0:
                         break
+                    loss = self._loss(clean[active])
+                    velocity = None if velocity is None else velocity[stays]
+                    if step < self.steps:
+                        gradient = gradient[stays]
                 if step < self.steps:
-                    point = self._stepped(point, origin, gradient)
+                    velocity = self._direction(velocity, gradient)
+                    point = self._moved(point, left.x, velocity)
         return best
 
 
-def ascent(model: Model, point: Tensor, y: Tensor, check: bool = False) -> tuple[Tensor, Tensor]:
-    """Detached logits [N, C] at `point` [N, ...], and cross-entropy's gradient up to positive factors."""
-    point = point.detach().requires_grad_()
-    logits = model(point)
-    if check:
-        check_logits(logits, y)
-    (gradient,) = torch.autograd.grad(logits, point, objective_seed(logits.detach(), y))
-    return logits.detach(), gradient
+@dataclass(frozen=True)
+class BIM(PGD):
+    """The basic iterative method: PGD from the clean image itself; Kurakin et al. 2017."""
+
+    random_start: bool = False
 
 
-def _rows(mask: Tensor, like: Tensor) -> Tensor:
-    """`mask` [N] shaped to broadcast over the rows of `like` [N, ...]."""
-    return mask.view(-1, *[1] * (like.dim() - 1))
+@dataclass(frozen=True)
+class MIFGSM(PGD):
+    """PGD along an accumulated direction, g <- momentum * g + gradient / mean |gradient|; Dong et al. 2018.
+
+    From the clean image; step_size None is epsilon / steps, as there.
+    """
+
+    random_start: bool = False
+    momentum: float = 1.0
+
+    @property
+    def step(self) -> float:
+        """The step size in use, in units of the [0, 1] pixel range."""
+        return self.epsilon / self.steps if self.step_size is None else self.step_size
