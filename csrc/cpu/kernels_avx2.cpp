@@ -1,5 +1,7 @@
-// The kernels compiled for AVX2 and F16C.
+// The kernels compiled for AVX2, FMA and F16C.
 #include "kernels.h"
+#include "margins.h"
+#include "products.h"
 #include "rows.h"
 #include "steps.h"
 
@@ -8,9 +10,9 @@
 
 // A pragma, not a compiler flag: functions of the headers above stay callable on every processor.
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,f16c"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
 #else
-#pragma GCC target("avx2,f16c")
+#pragma GCC target("avx2,fma,f16c")
 #endif
 
 #define EMR_VECTOR_BYTES 32
@@ -22,6 +24,8 @@ namespace avx2 {
 #include "vectors.inc"
 
 #include "affine_relu.inc"
+#include "masked_gemm.inc"
+#include "pairwise_margins.inc"
 #include "steps.inc"
 #include "exp_log.inc"
 #include "rows.inc"
@@ -31,6 +35,10 @@ namespace avx2 {
 }  // namespace avx2
 
 const Kernels& kernels_avx2(Dtype dtype) { return avx2::table(dtype); }
+const ProductKernels& product_kernels_avx2(Dtype dtype) { return avx2::product_table(dtype); }
+DifferenceNorm difference_norm_avx2(Dtype dtype, NormOrder order) {
+  return avx2::difference_norm_for(dtype, order);
+}
 SquareSum square_sum_avx2(Dtype dtype) { return avx2::square_sum_of(dtype); }
 const StepKernels& step_kernels_avx2(Dtype x, Dtype gradient) { return avx2::step_kernels_of(x, gradient); }
 const RowKernels& row_kernels_avx2(Dtype dtype) { return avx2::row_table(dtype); }

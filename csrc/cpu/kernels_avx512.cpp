@@ -1,5 +1,7 @@
 // The kernels compiled for AVX-512 F, BW, DQ and VL.
 #include "kernels.h"
+#include "margins.h"
+#include "products.h"
 #include "rows.h"
 #include "steps.h"
 
@@ -8,9 +10,9 @@
 
 // A pragma, not a compiler flag: functions of the headers above stay callable on every processor.
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,f16c,avx512f,avx512bw,avx512dq,avx512vl"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl"))), apply_to = function)
 #else
-#pragma GCC target("avx2,f16c,avx512f,avx512bw,avx512dq,avx512vl")
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")
 #endif
 
 #define EMR_VECTOR_BYTES 64
@@ -22,6 +24,8 @@ namespace avx512 {
 #include "vectors.inc"
 
 #include "affine_relu.inc"
+#include "masked_gemm.inc"
+#include "pairwise_margins.inc"
 #include "steps.inc"
 #include "exp_log.inc"
 #include "rows.inc"
@@ -31,6 +35,10 @@ namespace avx512 {
 }  // namespace avx512
 
 const Kernels& kernels_avx512(Dtype dtype) { return avx512::table(dtype); }
+const ProductKernels& product_kernels_avx512(Dtype dtype) { return avx512::product_table(dtype); }
+DifferenceNorm difference_norm_avx512(Dtype dtype, NormOrder order) {
+  return avx512::difference_norm_for(dtype, order);
+}
 SquareSum square_sum_avx512(Dtype dtype) { return avx512::square_sum_of(dtype); }
 const StepKernels& step_kernels_avx512(Dtype x, Dtype gradient) { return avx512::step_kernels_of(x, gradient); }
 const RowKernels& row_kernels_avx512(Dtype dtype) { return avx512::row_table(dtype); }

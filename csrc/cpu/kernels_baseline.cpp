@@ -1,5 +1,7 @@
 // The kernels compiled for what every processor of the architecture has (SSE2 on x86-64).
 #include "kernels.h"
+#include "margins.h"
+#include "products.h"
 #include "rows.h"
 #include "steps.h"
 
@@ -26,6 +28,8 @@ __attribute__((noinline)) static uint16_t float_to_half(float value) {
 #include "vectors.inc"
 
 #include "affine_relu.inc"
+#include "masked_gemm.inc"
+#include "pairwise_margins.inc"
 #include "steps.inc"
 #include "exp_log.inc"
 #include "rows.inc"
@@ -35,6 +39,10 @@ __attribute__((noinline)) static uint16_t float_to_half(float value) {
 }  // namespace baseline
 
 const Kernels& kernels_baseline(Dtype dtype) { return baseline::table(dtype); }
+const ProductKernels& product_kernels_baseline(Dtype dtype) { return baseline::product_table(dtype); }
+DifferenceNorm difference_norm_baseline(Dtype dtype, NormOrder order) {
+  return baseline::difference_norm_for(dtype, order);
+}
 SquareSum square_sum_baseline(Dtype dtype) { return baseline::square_sum_of(dtype); }
 const StepKernels& step_kernels_baseline(Dtype x, Dtype gradient) { return baseline::step_kernels_of(x, gradient); }
 const RowKernels& row_kernels_baseline(Dtype dtype) { return baseline::row_table(dtype); }

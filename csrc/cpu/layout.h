@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <memory>
+#include <new>
 #include <numeric>
 #include <vector>
 
@@ -93,6 +94,21 @@ class Coefficients {
  private:
   std::unique_ptr<A[]> owned_;
   const A* data_ = nullptr;
+};
+
+// Memory for `size` values, aligned to the longest vector and not initialised.
+template <class A>
+class Scratch {
+ public:
+  explicit Scratch(int64_t size) : data_(static_cast<A*>(::operator new(size * sizeof(A), kAlignment))) {}
+  A* get() const { return data_.get(); }
+
+ private:
+  static constexpr std::align_val_t kAlignment{64};
+  struct Free {
+    void operator()(A* data) const { ::operator delete(data, kAlignment); }
+  };
+  std::unique_ptr<A, Free> data_;
 };
 
 // Calls f(begin, end) on ranges of whole blocks, in parallel.

@@ -6,6 +6,9 @@ from emr_kernels.ops._format import dense_format
 from emr_kernels.ops.affine_relu import affine_relu, affine_relu_jvp, affine_relu_vjp
 from emr_kernels.ops.bits import pack_bits, unpack_bits
 from emr_kernels.ops.logit_seeds import LogitSeeds, logit_seeds
+from emr_kernels.ops.masked_chain import masked_chain, masked_chain_sq_norms
+from emr_kernels.ops.masked_gemm import masked_gemm, masked_gemm_sq_norms
+from emr_kernels.ops.pairwise_margins import pairwise_margins
 from emr_kernels.ops.pgd_start import pgd_start
 from emr_kernels.ops.pgd_step import pgd_step
 from emr_kernels.ops.robust_losses import robust_losses
@@ -18,7 +21,12 @@ __all__ = [
     "affine_relu_vjp",
     "dense_format",
     "logit_seeds",
+    "masked_chain",
+    "masked_chain_sq_norms",
+    "masked_gemm",
+    "masked_gemm_sq_norms",
     "pack_bits",
+    "pairwise_margins",
     "pgd_start",
     "pgd_step",
     "robust_losses",

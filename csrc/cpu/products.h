@@ -1,0 +1,54 @@
+// The interface between masked_gemm and its kernels, one set for each instruction set and dtype.
+#pragma once
+
+#include "kernels.h"
+
+namespace emr {
+
+// The product is made in tiles of a few rows by a panel of columns, whose part of the weight is packed once for many
+// tiles. T is the tensors' dtype, A the compute type.
+struct ProductKernels {
+  int64_t rows;     // the most rows of a tile
+  int64_t columns;  // columns of a panel
+  // panel[h - begin][c] = weight[h][column + c] for units h in [begin, end), 0 beyond the weight's width; T to A.
+  void (*pack)(const void* weight, int64_t width, int64_t column, int64_t begin, int64_t end, void* panel);
+  // values[i][r] = grad[r][units[i]] * factors[i] (null: 1), for `rows` rows that are `stride` elements apart; T to A.
+  void (*gather)(
+      const void* grad, int64_t stride, int64_t rows, const int32_t* units, const void* factors, int64_t count,
+      void* values);
+  // tile[r][c] = start[r][c] + Σ_i values[i][r] * panel[units[i] - first][c], in the order of i; A. No start: 0.
+  void (*multiply)(
+      int64_t rows, const void* values, const int32_t* units, int64_t count, int64_t first, const void* panel,
+      const void* start, void* tile);
+  // tile += other; A.
+  void (*add)(int64_t rows, const void* other, void* tile);
+  // The first `count` columns to rows of T that are `stride` elements apart.
+  void (*write)(const void* tile, int64_t rows, int64_t count, void* out, int64_t stride);
+  // values[i][r] = tile[r][units[i] - first] * factors[i] (null: 1); A.
+  void (*pick)(
+      const void* tile, int64_t rows, const int32_t* units, const void* factors, int64_t count, int64_t first,
+      void* values);
+  // squares[r * stride] = Σ_c tile[r][c]²; A.
+  void (*square)(const void* tile, int64_t rows, void* squares, int64_t stride);
+};
+
+const ProductKernels& product_kernels_baseline(Dtype dtype);
+#if EMR_X86
+const ProductKernels& product_kernels_avx2(Dtype dtype);
+const ProductKernels& product_kernels_avx512(Dtype dtype);
+#endif
+
+inline const ProductKernels& product_kernels(Dtype dtype) {
+  static const Isa isa = chosen_isa();
+#if EMR_X86
+  if (isa == Isa::avx512) {
+    return product_kernels_avx512(dtype);
+  }
+  if (isa == Isa::avx2) {
+    return product_kernels_avx2(dtype);
+  }
+#endif
+  return product_kernels_baseline(dtype);
+}
+
+}  // namespace emr
