@@ -6,9 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-from lightning_fabric.wrappers import _FabricModule
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 
 @contextmanager
@@ -54,6 +52,8 @@ def bare(model: nn.Module) -> nn.Module:
     Fabric's wrapper refuses a gradient taken behind its back in mixed precision, and DDP would synchronise
     for it.
     """
-    while isinstance(model, (_FabricModule, DistributedDataParallel)):
+    # By name: Fabric need not be installed where only attacks are used.
+    while any(kind.__name__ in ("_FabricModule", "DistributedDataParallel") for kind in type(model).__mro__):
+        assert isinstance(model.module, nn.Module)
         model = model.module
     return model
