@@ -13,6 +13,7 @@ carry, backward once (`adjoint`). There is no double backward in it.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -41,7 +42,7 @@ class Point:
 
 
 class Program:
-    """One graph, with its rules; stateless, so that one program serves many calls at once.
+    """One graph, with its rules; stateless (but for `frozen` copies), so that one program serves many calls at once.
 
     Args:
         graph: the exported forward.
@@ -56,6 +57,18 @@ class Program:
         self.planner = Planner(graph, self.rules, self.taps)
         self._paths = [(binding, binding.name.split(".")) for binding in graph.bindings]
         self.image_like = any("conv2d" in str(rule.node.target) for rule in self.rules)
+        self._to_freeze: set[int] = set()
+
+    def frozen(self) -> Program:
+        """A copy for a model whose parameters and buffers stay as they are as long as the copy is used.
+
+        What follows from them alone (BatchNorm's map, weights in the layout of the convolution library) is computed at
+        the first forward and kept.
+        """
+        program = copy.copy(self)
+        program.rules = list(self.rules)
+        program._to_freeze = set(range(len(self.rules)))
+        return program
 
     def plan(self, wanted: tuple[bool, ...], first_order: bool = False) -> Plan:
         """The plan for these wanted leaves (parallel to `graph.leaves`); `first_order` if `gradient` will be called."""
@@ -103,6 +116,9 @@ class Program:
                     operands = low if rule.matmul else torch.float32
                     args = tuple(_cast(arg, operands) for arg in args)
                     point.operand_dtypes[place] = operands
+                if place in self._to_freeze:
+                    self._to_freeze.discard(place)
+                    rule = self.rules[place] = rule.frozen(args)
                 if not self.is_active[place] or isinstance(rule, GenericRule):
                     with torch.autocast(device, dtype=low, enabled=enabled):
                         if self.is_active[place]:

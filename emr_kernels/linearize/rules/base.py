@@ -60,6 +60,10 @@ class Rule:
         """Whether this rule can serve the call; if not, the generic rule does."""
         return len(node.active) == 1 and not node.weights
 
+    def frozen(self, args: tuple[Any, ...]) -> Rule:
+        """The rule to use while parameters and buffers keep the values they have in these arguments of `forward`."""
+        return self
+
     def forward(self, args: tuple[Any, ...], primal: bool) -> tuple[Any, Any]:
         """The output and the residual; `primal` asks for what `param_vjp` needs, too."""
         raise NotImplementedError

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 
 from emr_kernels.linearize.graph import Node
 from emr_kernels.linearize.rules.base import Rule, Tensors, rule_for
+from emr_kernels.linearize.rules.packed import PackedConvolution
 
 aten = torch.ops.aten
 
@@ -112,7 +114,13 @@ class ConvolutionRule(BilinearRule):
 
     def __init__(self, node: Node) -> None:
         super().__init__(node)
-        self.dims = 0
+        self._packed: PackedConvolution | None = None
+
+    def frozen(self, args: tuple[Any, ...]) -> Rule:
+        input, weight, bias = args[:3]
+        rule = copy.copy(self)
+        rule._packed = PackedConvolution.of(input, weight, bias, self._options(weight))
+        return rule
 
     def _options(self, weight: torch.Tensor) -> tuple[Any, ...]:
         """(stride, padding, dilation, transposed, output_padding, groups), each extent written out."""
@@ -152,10 +160,15 @@ class ConvolutionRule(BilinearRule):
     def forward(self, args: tuple[Any, ...], primal: bool) -> tuple[Any, Any]:
         input, weight, bias = args[:3]
         options = self._options(weight)
-        output = aten.convolution.default(input, weight, bias, *options)
+        if self._packed is not None and self._packed.takes(input):
+            output = self._packed.forward(input)
+        else:
+            output = aten.convolution.default(input, weight, bias, *options)
         return output, _ConvResidual(_shape_of(input), weight, options, input if primal else None)
 
     def vjp(self, residual: _ConvResidual, cotangent: Any) -> Tensors:
+        if self._packed is not None and self._packed.weight is residual.weight and self._packed.takes(cotangent):
+            return (self._packed.vjp(cotangent, residual.input_like.shape),)
         dummy = torch.empty_like(residual.input_like, device=cotangent.device)
         grad, _, _ = aten.convolution_backward.default(
             cotangent, dummy, residual.weight, None, *residual.options, [True, False, False]

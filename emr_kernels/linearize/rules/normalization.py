@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -100,6 +101,15 @@ class AffineReluRule(Rule):
         assert call is not None
         self.call = call
         self.slope = slope
+        self._fixed: Affine | None = None
+
+    def frozen(self, args: tuple[Any, ...]) -> Rule:
+        rule = copy.copy(self)
+        rule._fixed = self.call.affine(args)
+        return rule
+
+    def _affine(self, args: tuple[Any, ...]) -> Affine:
+        return self.call.affine(args) if self._fixed is None else self._fixed
 
     @property
     def scale_place(self) -> int | None:
@@ -113,7 +123,7 @@ class AffineReluRule(Rule):
 
     def forward(self, args: tuple[Any, ...], primal: bool) -> tuple[Any, Any]:
         input = args[0]
-        affine = self.call.affine(args)
+        affine = self._affine(args)
         bits, memory_format = None, torch.contiguous_format
         if self.slope is None:
             assert affine.scale is not None

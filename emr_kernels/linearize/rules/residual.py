@@ -20,7 +20,7 @@ class AffineAddReluRule(AffineReluRule):
 
     def forward(self, args: tuple[Any, ...], primal: bool) -> tuple[Any, Any]:
         input, skip = args[0], args[-1]
-        affine = self.call.affine(args)
+        affine = self._affine(args)
         dtype = torch.promote_types(input.dtype, skip.dtype)
         wide = input.to(dtype)
         output, bits = ops.affine_relu(

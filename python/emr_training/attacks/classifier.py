@@ -111,7 +111,7 @@ class Classifier:
         if autocast not in self._programs:
             assert isinstance(self.model, nn.Module)
             try:
-                self._programs[autocast] = find_program(unwrap(self.model), x)
+                self._programs[autocast] = find_program(unwrap(self.model), x).frozen()
             except (UnsupportedModelError, TypeError, ValueError) as error:
                 # A model that fails on x fails again below, in its own words.
                 self.reason = str(error)

@@ -1,0 +1,101 @@
+"""Programs for parameters that stay as they are: the same passes, with what follows from parameters computed once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import zoo
+from emr_kernels.linearize import LinearizedPoint
+from emr_kernels.linearize.cache import find_program
+from emr_kernels.linearize.program import Program
+from emr_kernels.linearize.rules.packed import PackedConvolution
+from zoo import Entry
+
+MODELS = ["wrn_10_2", "densenet", "small_cnn", "preact_resnet18_narrow", "mlp_batchnorm", "vit"]
+
+
+def passes(program: Program, model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    point = LinearizedPoint.at(program, model, x)
+    seed = torch.linspace(-1, 1, point.logits.numel(), dtype=point.logits.dtype).view_as(point.logits)
+    return point.logits, point.vjp(seed)
+
+
+@pytest.mark.parametrize("entry", [zoo.get(name) for name in MODELS], ids=lambda entry: entry.id)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_frozen_passes_equal_live_ones(entry: Entry, dtype: torch.dtype) -> None:
+    model = entry.make(dtype).eval()
+    x, _ = entry.data(4, dtype)
+    program = find_program(model, x)
+    frozen = program.frozen()
+    # The same bits in float64. In float32 small convolutions may run elsewhere than in oneDNN.
+    tolerance: dict[str, Any] = {"rtol": 0, "atol": 0} if dtype is torch.float64 else {"rtol": 1e-4, "atol": 1e-5}
+    for given in (x, x[:3].flip(0), x.repeat(3, *[1] * (x.dim() - 1))):
+        for mine, live in zip(passes(frozen, model, given), passes(program, model, given), strict=True):
+            torch.testing.assert_close(mine, live, **tolerance)
+
+
+def test_a_frozen_copy_keeps_its_numbers_and_the_program_does_not() -> None:
+    entry = zoo.get("wrn_10_2")
+    model = entry.make(torch.float32).eval()
+    x, _ = entry.data(4, torch.float32)
+    program = find_program(model, x)
+    frozen = program.frozen()
+    before, _ = passes(frozen, model, x)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.add_(1.0)
+    torch.testing.assert_close(passes(frozen, model, x)[0], before, rtol=0, atol=0)
+    torch.testing.assert_close(passes(program, model, x)[0], model(x).detach(), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(passes(program, model, x)[0], before, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding", "dilation", "size"),
+    [
+        ((3, 3), 1, 1, 1, (9, 8)),
+        ((3, 3), 2, 1, 1, (8, 8)),
+        ((3, 3), 2, 1, 1, (9, 7)),
+        ((1, 1), 2, 0, 1, (8, 7)),
+        ((5, 3), (2, 1), (2, 0), 1, (11, 9)),
+        ((3, 3), 1, 2, 2, (8, 9)),
+        ((4, 4), 3, 0, 1, (12, 13)),
+    ],
+)
+def test_packed_convolution(kernel: Any, stride: Any, padding: Any, dilation: Any, size: tuple[int, int]) -> None:
+    layer = nn.Conv2d(16, 24, kernel, stride, padding, dilation)
+    options = (list(layer.stride), list(layer.padding), list(layer.dilation), False, [0, 0], 1)
+    x = torch.randn(5, 16, *size).contiguous(memory_format=torch.channels_last)
+    packed = PackedConvolution.of(x, layer.weight.detach(), layer.bias.detach(), options)
+    if packed is None:
+        pytest.skip("this build of torch has no oneDNN")
+    for batch in (x, x[:2], torch.cat([x, x])):
+        batch = batch.contiguous(memory_format=torch.channels_last)
+        leaf = batch.clone().requires_grad_()
+        output = layer(leaf)
+        seed = torch.randn_like(output)
+        (expected,) = torch.autograd.grad(output, leaf, seed)
+        assert packed.takes(batch) and packed.takes(seed)
+        found = packed.forward(batch), packed.vjp(seed, batch.shape)
+        for mine, live in zip(found, (output.detach(), expected), strict=True):
+            torch.testing.assert_close(mine, live, rtol=1e-5, atol=1e-5)
+            assert mine.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(
+    ("layer", "dtype"),
+    [
+        (nn.Conv2d(8, 8, 3, groups=8), torch.float32),
+        (nn.ConvTranspose2d(8, 8, 3), torch.float32),
+        (nn.Conv2d(8, 8, 3), torch.float64),
+        (nn.Conv1d(8, 8, 3), torch.float32),
+    ],
+    ids=["depthwise", "transposed", "float64", "1d"],
+)
+def test_other_convolutions_are_not_packed(layer: Any, dtype: torch.dtype) -> None:
+    options = (layer.stride, layer.padding, layer.dilation, layer.transposed, layer.output_padding, layer.groups)
+    x = torch.randn(2, 8, *[8] * len(layer.stride), dtype=dtype)
+    assert PackedConvolution.of(x, layer.weight.detach().to(dtype), None, options) is None
