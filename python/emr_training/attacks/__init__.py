@@ -1,7 +1,8 @@
 """Adversarial attacks: a frozen dataclass each, called `attack(model, x, y) -> x_adv`."""
 
+from emr_training.attacks.apgd import APGD, APGDT
 from emr_training.attacks.base import Attack, BoundedAttack
 from emr_training.attacks.fgsm import FGSM, RFGSM
 from emr_training.attacks.pgd import BIM, MIFGSM, PGD
 
-__all__ = ["BIM", "FGSM", "MIFGSM", "PGD", "RFGSM", "Attack", "BoundedAttack"]
+__all__ = ["APGD", "APGDT", "BIM", "FGSM", "MIFGSM", "PGD", "RFGSM", "Attack", "BoundedAttack"]

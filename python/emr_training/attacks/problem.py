@@ -9,6 +9,7 @@ from torch import Tensor
 
 from emr_training.attacks.classifier import At, Classifier
 from emr_training.attacks.losses import Loss
+from emr_training.attacks.noise import Noise
 from emr_training.errors import check_logits
 
 
@@ -16,7 +17,8 @@ from emr_training.errors import check_logits
 class Problem:
     """Images x [N, ...] in [0, 1] with labels y [N] (int64), to be misclassified, or classified as `target` [N].
 
-    `generator` (on x's device) is the only source of random numbers. The classifier is in the mode that the attack
+    `generator` (on x's device) is the only source of random numbers, but for `keys` [N] (int64): where they are given,
+    the numbers of `noise` are a function of each image's key. The classifier is in the mode that the attack
     asked for, its parameters frozen; whoever calls the search restores it.
     """
 
@@ -25,6 +27,7 @@ class Problem:
     y: Tensor
     target: Tensor | None
     generator: torch.Generator
+    keys: Tensor | None = None
 
     def __len__(self) -> int:
         return self.x.shape[0]
@@ -32,11 +35,19 @@ class Problem:
     def subset(self, rows: Tensor) -> Problem:
         """These rows (indices, or a mask [N]) alone."""
         target = None if self.target is None else self.target[rows]
-        return replace(self, x=self.x[rows], y=self.y[rows], target=target)
+        keys = None if self.keys is None else self.keys[rows]
+        return replace(self, x=self.x[rows], y=self.y[rows], target=target, keys=keys)
 
     def with_target(self, target: Tensor) -> Problem:
         """The same images with target [N]."""
         return replace(self, target=target)
+
+    def noise(self) -> Noise:
+        """Random numbers for each image: by its key, or else by one drawn from the generator."""
+        if self.keys is not None:
+            return Noise(self.keys)
+        device = self.generator.device
+        return Noise(torch.randint(2**62, (len(self),), generator=self.generator, device=device))
 
     def _checked(self, logits: Tensor) -> None:
         if not self.classifier.checked:
