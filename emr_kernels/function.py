@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from emr_kernels.directions import seeds
+from emr_kernels.linearize.chain import find_chain
 from emr_kernels.linearize.program import Point, Program
 from emr_kernels.once import differentiable_once
 from emr_kernels.ops import sq_norms
@@ -67,13 +68,26 @@ def evaluate(request: Request, x: torch.Tensor) -> torch.Tensor:
     """Per-sample ‖w‖², summed over layers and class mixes, without any gradient: `[N]`."""
     program = request.program
     point = program.forward(request.values, x, program.plan((False,) * len(program.graph.leaves)))
-    total: torch.Tensor | None = None
+    total = _all_classes(request, point, x)
+    if total is not None:
+        return report(request, total)
     for seed in request_seeds(request, point):
         weights, _ = program.vjp(point, seed, keep=False)
         squares = square_norms(weights, point.logits)
         total = squares if total is None else total + squares
     assert total is not None
     return report(request, total)
+
+
+def _all_classes(request: Request, point: Point, x: torch.Tensor) -> torch.Tensor | None:
+    """Σ_c ‖w_c‖² of a multilayer perceptron at its input, `[1, N]`, all classes at once; None for other requests."""
+    options, program = request.options, request.program
+    if options.direction != "all" or program.taps != (program.graph.input,):
+        return None
+    chain = find_chain(program, point, x.shape)
+    if chain is None:
+        return None
+    return chain.norms(chain.centered_head() if options.center else chain.head).square().sum(1)[None]
 
 
 def request_seeds(request: Request, point: Point) -> Any:

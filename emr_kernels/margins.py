@@ -11,11 +11,14 @@ from emr_kernels.checks import check_input, check_labels, check_logits, check_mo
 from emr_kernels.directions import DIRECTIONS, NEEDS_LABELS, rivals, seeds
 from emr_kernels.linearize import LinearizedPoint, UnsupportedModelError
 from emr_kernels.linearize.cache import find_program
+from emr_kernels.linearize.chain import Chain
 from emr_kernels.linearize.verify import live_evaluation, untouched_forward
 from emr_kernels.linearize.wrappers import ordinary, ordinary_tensors, unwrap
 from emr_kernels.options import number, whole
 
 ORDERS = (1, 2, float("inf"))
+# From so many classes on, a multilayer perceptron's are carried back together.
+_LEAST_ROWS = 2
 
 
 class _AutogradPoint:
@@ -82,8 +85,13 @@ def _check_classes(classes: Sequence[int] | None, num_classes: int) -> list[int]
     return chosen
 
 
-def _class_weights(point: LinearizedPoint | _AutogradPoint, classes: Sequence[int] | None) -> Iterator[torch.Tensor]:
-    for c in _check_classes(classes, point.logits.shape[1]):
+def _chain(point: LinearizedPoint | _AutogradPoint, count: int) -> Chain | None:
+    """The point's Jacobian as one product, where that serves `count` classes faster than a pass for each."""
+    return point.chain() if count >= _LEAST_ROWS and isinstance(point, LinearizedPoint) else None
+
+
+def _class_weights(point: LinearizedPoint | _AutogradPoint, classes: Sequence[int]) -> Iterator[torch.Tensor]:
+    for c in classes:
         seed = torch.zeros_like(point.logits)
         seed[:, c] = 1
         yield point.vjp(seed)
@@ -104,7 +112,11 @@ def effective_weights(model: nn.Module, x: torch.Tensor, classes: Sequence[int] 
         TypeError, ValueError: for bad input or a class outside [0, C).
     """
     point = _point(_checked(model, x), x)
-    return torch.stack(list(_class_weights(point, classes)), 1)
+    chosen = _check_classes(classes, point.logits.shape[1])
+    chain = _chain(point, len(chosen))
+    if chain is not None:
+        return chain.carry_back(chain.head[chosen]).to(x.dtype)
+    return torch.stack(list(_class_weights(point, chosen)), 1)
 
 
 def effective_weight_norms(
@@ -146,7 +158,16 @@ def effective_weight_norms(
         check_labels(y, x, _num_classes(inner, x), values=True)
     point = _point(inner, x)
     if classes is not None:
-        return torch.stack([_norm(weight, ord) for weight in _class_weights(point, classes)], 1)
+        chosen = _check_classes(classes, point.logits.shape[1])
+        chain = _chain(point, len(chosen))
+        if chain is not None:
+            return chain.norms(chain.head[chosen], ord)
+        return torch.stack([_norm(weight, ord) for weight in _class_weights(point, chosen)], 1)
+    if direction == "all":
+        chain = _chain(point, point.logits.shape[1])
+        if chain is not None:
+            rows = chain.centered_head() if center else chain.head
+            return torch.linalg.vector_norm(chain.norms(rows, ord), dim=1)
     norms = [_norm(point.vjp(seed), ord) for seed in seeds(point.logits, y, direction, temperature, center)]
     return norms[0] if len(norms) == 1 else torch.stack(norms).square().sum(0).sqrt()
 
@@ -203,15 +224,23 @@ def _margins(point: LinearizedPoint | _AutogradPoint, y: torch.Tensor, ord: floa
     logits = point.logits.to(torch.promote_types(point.logits.dtype, torch.float32))
     classes = logits.shape[1]
     own = logits.gather(1, y[:, None])[:, 0]
+    others = rivals(logits, y, min(top_k or classes, classes - 1))
+    chain = _chain(point, others.shape[1])
+    if chain is not None:
+        ratios = (own[:, None] - logits.gather(1, others)) / chain.difference_norms(y, others, ord)
+        return _reached(ratios).amin(1)
     best: torch.Tensor | None = None
-    for j in rivals(logits, y, min(top_k or classes, classes - 1)).unbind(1):
+    for j in others.unbind(1):
         seed = torch.zeros_like(logits)
         seed.scatter_(1, y[:, None], 1.0)
         seed.scatter_(1, j[:, None], -1.0)
         gap = own - logits.gather(1, j[:, None])[:, 0]
-        ratio = gap / _norm(point.vjp(seed), ord)
-        # A rival whose logit moves exactly with f_y is never reached (or, at a tie, is on the boundary already).
-        ratio = torch.where(ratio.isnan(), torch.zeros_like(ratio), ratio)
+        ratio = _reached(gap / _norm(point.vjp(seed), ord))
         best = ratio if best is None else torch.minimum(best, ratio)
     assert best is not None
     return best
+
+
+def _reached(ratio: torch.Tensor) -> torch.Tensor:
+    """A rival whose logit moves exactly with f_y is never reached, or, at a tie, is on the boundary already."""
+    return torch.where(ratio.isnan(), 0.0, ratio)

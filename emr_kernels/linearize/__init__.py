@@ -7,6 +7,7 @@ from torch import nn
 
 from emr_kernels.checks import check_input
 from emr_kernels.linearize.cache import find_program, forget
+from emr_kernels.linearize.chain import Chain, find_chain
 from emr_kernels.linearize.export import UnsupportedModelError
 from emr_kernels.linearize.program import Point, Program
 from emr_kernels.linearize.wrappers import unwrap
@@ -35,6 +36,10 @@ class LinearizedPoint:
             values = program.bind(model, x.shape[0])
             plan = program.plan((False,) * len(program.graph.leaves))
             return cls(program, program.forward(values, x, plan), x)
+
+    def chain(self) -> Chain | None:
+        """The Jacobian of a multilayer perceptron as one product, for many classes at once; None for other models."""
+        return find_chain(self._program, self._point, self._shape)
 
     def vjp(self, seed: torch.Tensor) -> torch.Tensor:
         """∂(Σ seed · logits)/∂x: each sample's effective weight of the class mix `seed`.
