@@ -106,7 +106,8 @@ def effective_weights(model: nn.Module, x: torch.Tensor, classes: Sequence[int] 
         classes: which classes; None for all.
 
     Returns:
-        `[N, k, *input]`, detached, in x's dtype. Time: one forward and k backward passes.
+        `[N, k, *input]`, detached, in x's dtype. Time: one forward and k backward passes; for a multilayer
+        perceptron (linear layers, ReLUs, BatchNorm) one product, on the CPU without the units that are off.
 
     Raises:
         TypeError, ValueError: for bad input or a class outside [0, C).
@@ -193,7 +194,8 @@ def effective_margins(
         ord: norm of the weight difference: 1, 2 or inf.
         top_k: only the k strongest rivals by logit, for many classes; None for all C − 1 (exact).
         batch_size: samples at a time. Memory is that of one forward's bits and of one backward at this batch;
-            no more than one weight difference `[batch, *input]` exists at a time. None: all at once.
+            no more than one weight difference `[batch, *input]` exists at a time, or of a multilayer perceptron one
+            block of them. None: all at once.
 
     Returns:
         `[N]`, detached, float32 (float64 for a float64 model).

@@ -1,4 +1,4 @@
-"""Multilayer perceptrons as one product: all classes at once against autograd's Jacobian and the pass for each class."""
+"""Multilayer perceptrons as one product: all classes at once against autograd, and against a pass for each class."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ from emr_kernels import (
     linearize,
     margins,
 )
+from emr_kernels.linearize import LinearizedPoint
 from emr_kernels.linearize import chain as chains
+from emr_kernels.linearize.program import Program
 from oracle import double_backward, evaluation_mode
 
 CLASSES = 5
@@ -174,7 +176,7 @@ def test_lower_precision(name: str, dtype: torch.dtype, monkeypatch: pytest.Monk
 
     together = both()
     monkeypatch.setattr(margins, "_LEAST_ROWS", 100)
-    monkeypatch.setattr(chains, "find_chain", lambda *_: pytest.fail("the chain was asked for"))
+    monkeypatch.setattr(LinearizedPoint, "chain", lambda _: pytest.fail("the chain was asked for"))
     one_by_one = both()
     # Both round each of a few layers to the dtype, at different places, from the same bits.
     for found, expected in zip(together, one_by_one, strict=True):
@@ -205,7 +207,7 @@ def test_blocks_give_the_same_numbers(limit: int, monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(chains, "_BLOCK", size)
         found = [effective_weight_norms(model, x, direction="all", ord=order) for order in (1, 2)]
         results.append([*found, *(effective_margins(model, x, y, ord=order) for order in (1, 2))])
-        assert len(calls) == 2 if size != limit else len(calls) >= 6
+        assert len(calls) == 2 if size != limit else len(calls) > 4
     for whole, parts in zip(*results, strict=True):
         torch.testing.assert_close(parts, whole, rtol=1e-12, atol=0)
 
@@ -216,9 +218,7 @@ def test_norms_never_write_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     penalty.prepare(x)
     for name in ("masked_chain", "masked_gemm"):
         monkeypatch.setattr(chains.ops, name, lambda *_, **__: pytest.fail("the effective weights were written"))
-    monkeypatch.setattr(
-        "emr_kernels.linearize.program.Program.vjp", lambda *_, **__: pytest.fail("a pass for one class")
-    )
+    monkeypatch.setattr(Program, "vjp", lambda *_, **__: pytest.fail("a pass for one class"))
     effective_weight_norms(model, x, classes=[1, 2])
     effective_weight_norms(model, x, direction="all")
     effective_margins(model, x, y)
@@ -269,8 +269,7 @@ def test_autocast_goes_class_by_class() -> None:
     model, (x, _) = built(CHAINS["relu"], torch.float32), data(dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         assert not has_chain(model, x)
-        found = effective_weights(model, x)
+        found, expected = effective_weights(model, x), jacobian(model, x)
     assert found.dtype == torch.float32
-    exact = jacobian(model, x)
-    # bfloat16 rounds at each of five passes, and may switch a unit.
-    assert (found - exact).norm() < 0.1 * exact.norm()
+    # Both round the same passes to bfloat16, summed in another order.
+    assert (found - expected).norm() < 4 * torch.finfo(torch.bfloat16).eps * expected.norm()
