@@ -4,5 +4,6 @@ from emr_training.attacks.apgd import APGD, APGDT
 from emr_training.attacks.base import Attack, BoundedAttack
 from emr_training.attacks.fgsm import FGSM, RFGSM
 from emr_training.attacks.pgd import BIM, MIFGSM, PGD
+from emr_training.attacks.square import Square
 
-__all__ = ["APGD", "APGDT", "BIM", "FGSM", "MIFGSM", "PGD", "RFGSM", "Attack", "BoundedAttack"]
+__all__ = ["APGD", "APGDT", "BIM", "FGSM", "MIFGSM", "PGD", "RFGSM", "Attack", "BoundedAttack", "Square"]

@@ -1,0 +1,167 @@
+"""Square: random search that needs nothing but the model's scores."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from dataclasses import dataclass, field, fields
+from typing import ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from emr_training.attacks.base import BoundedAttack, check_choice
+from emr_training.attacks.classifier import Model
+from emr_training.attacks.losses import LOSSES
+from emr_training.attacks.noise import Noise
+from emr_training.attacks.problem import Problem
+from emr_training.attacks.windows import Bumps, Corners, Proposals
+from emr_training.errors import check_count, check_number
+
+#: After these iterations the window's part of the image is halved.
+HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
+#: Random numbers are drawn for so many iterations at once.
+_BLOCK = 50
+_STREAMS_OF_A_RESTART = 2**32
+
+
+class SquareResult(NamedTuple):
+    """Adversarial examples [N, ...] (the images themselves without success), successes [N], queries spent [N]."""
+
+    x_adv: Tensor
+    found: Tensor
+    queries: Tensor
+
+
+@dataclass(frozen=True)
+class Square(BoundedAttack):
+    """Random search by windows of shrinking size; Andriushchenko et al. 2020, in AutoAttack's version.
+
+    Each iteration changes one window of each image and keeps the change if the loss rises. Every image has windows of
+    its own, so that its result does not depend on the batch (AutoAttack's code draws one window for all). A proposal
+    that changes nothing is not put to the model, as the answer is known.
+
+    queries: iterations, after one query for the start.
+    p: the part of the image that the first windows cover; halved after 10, 50, 200, 500, 1000, 2000, 4000, 6000 and
+        8000 iterations.
+    rescale: stretch that schedule from 10,000 iterations to `queries`, as the original does (with p 0.05 under Linf
+        and 0.1 under L2); AutoAttack does not.
+    loss: "cw" (the margin) or "ce".
+    """
+
+    queries: int = 5000
+    p: float = 0.8
+    rescale: bool = False
+    restarts: int = 1
+    loss: Literal["cw", "ce"] = "cw"
+
+    targetable: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count("queries", self.queries)
+        check_count("restarts", self.restarts)
+        check_number("p", self.p, low=0.0, high=1.0)
+        check_choice("loss", self.loss, ("cw", "ce"))
+
+    def part(self, iteration: int) -> float:
+        """The part of the image that a window covers, iterations counted from 0."""
+        place = int(iteration / self.queries * 10_000) if self.rescale else iteration
+        return self.p / 2 ** bisect_left(HALVINGS, place)
+
+    def search(self, problem: Problem) -> Tensor:
+        """See `Attack`."""
+        return self.run(problem).x_adv
+
+    def with_queries(
+        self,
+        model: Model,
+        x: Tensor,
+        y: Tensor,
+        *,
+        target: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The call, and how many queries were spent on each image, [N] (int64)."""
+        counted = _Counted(**{entry.name: getattr(self, entry.name) for entry in fields(Square)})
+        x_adv = counted(model, x, y, target=target, generator=generator)
+        return x_adv, counted.tally[0] if counted.tally else torch.zeros_like(y)
+
+    def run(self, problem: Problem) -> SquareResult:
+        """The search, with its counts."""
+        noise = problem.noise()
+        clean = problem.fooled(problem.x, problem.logits(problem.x))
+        found = SquareResult(problem.x.clone(), clean, torch.zeros_like(problem.y))
+        for restart in range(self.restarts):
+            rows = (~found.found).nonzero().squeeze(1)
+            if rows.numel() == 0:
+                break
+            self._walk(problem.subset(rows), noise.subset(rows), restart * _STREAMS_OF_A_RESTART, rows, found)
+        return found
+
+    def _walk(self, problem: Problem, noise: Noise, stream: int, rows: Tensor, found: SquareResult) -> None:
+        """One restart on the images `rows`, whose successes and queries are noted in `found`."""
+        shape = problem.x.shape
+        images = problem.x.reshape(shape[0], *(1,) * max(4 - problem.x.dim(), 0), *shape[1:])
+        if images.dim() != 4:
+            raise ValueError(f"x has shape {list(shape)}; expected images [N, C, H, W], [N, H, W] or vectors [N, D]")
+        kind = Corners if self.norm == "Linf" else Bumps
+        proposals: Proposals = kind(self.ball, images, noise, stream)
+        value = torch.full_like(rows, -torch.inf, dtype=problem.x.dtype)
+        candidate, changed = proposals.point, torch.ones_like(rows, dtype=torch.bool)
+        for iteration in range(self.queries + 1):
+            if iteration > 0:
+                place = (iteration - 1) % _BLOCK
+                if place == 0:
+                    block = 1 + (iteration - 1) // _BLOCK
+                    bits = noise.bits(stream + block, _BLOCK * proposals.width).view(-1, _BLOCK, proposals.width)
+                side = proposals.side(self.part(iteration - 1))
+                candidate, changed = proposals.propose(bits[:, place], side)
+            better, fooled, value = self._asked(problem, candidate, changed, value)
+            if iteration > 0:
+                proposals.settle(better)
+            found.queries[rows] += changed
+            hit = fooled.nonzero().squeeze(1)
+            if hit.numel():
+                found.found[rows[hit]] = True
+                found.x_adv[rows[hit]] = proposals.point[hit].view(-1, *shape[1:])
+                stays = (~fooled).nonzero().squeeze(1)
+                if stays.numel() == 0:
+                    return
+                rows, value, noise, problem = rows[stays], value[stays], noise.subset(stays), problem.subset(stays)
+                proposals.keep(stays)
+                if iteration > 0:
+                    bits = bits[stays]
+
+    def _asked(
+        self, problem: Problem, candidate: Tensor, changed: Tensor, value: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Which candidates are to be kept [n], which succeed [n], and the greatest loss so far [n]."""
+        rows = changed.nonzero().squeeze(1)
+        fooled = torch.zeros_like(changed)
+        better, best = fooled.clone(), value.clone()
+        if rows.numel() == 0:
+            return better, fooled, best
+        if rows.numel() < len(problem):
+            problem, candidate = problem.subset(rows), candidate[rows]
+        point = candidate.view_as(problem.x)
+        if problem.x.dim() == 4 and not problem.x.is_contiguous():
+            point = point.contiguous(memory_format=torch.channels_last)
+        logits = problem.logits(point)
+        present, _ = LOSSES[self.loss](logits, problem.y, problem.target)
+        present = present.to(value.dtype)
+        fooled[rows] = problem.fooled(point, logits)
+        better[rows] = (present > value[rows]) | fooled[rows]
+        best[rows] = torch.maximum(value[rows], present.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf))
+        return better, fooled, best
+
+
+@dataclass(frozen=True)
+class _Counted(Square):
+    """Square that keeps the queries of its calls."""
+
+    tally: list[Tensor] = field(default_factory=list)
+
+    def search(self, problem: Problem) -> Tensor:
+        found = self.run(problem)
+        self.tally.append(found.queries)
+        return found.x_adv
