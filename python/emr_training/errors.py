@@ -30,6 +30,13 @@ def check_count(name: str, value: int, *, low: int = 1) -> None:
         raise ValueError(f"{name} is {value}; expected an integer >= {low}")
 
 
+def check_smoothing(value: float) -> None:
+    """Raise ValueError unless label smoothing is in [0, 1)."""
+    check_number("smoothing", value, low=0.0)
+    if value >= 1:
+        raise ValueError(f"smoothing is {value}; expected a number in [0, 1)")
+
+
 def check_images(x: Tensor, y: Tensor) -> None:
     """Raise unless x is a floating-point batch [N, ...] in [0, 1] and y is int64 [N] on the same device.
 

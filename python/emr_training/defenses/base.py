@@ -1,10 +1,10 @@
-"""The interface of a defense, and the named loss terms that it returns."""
+"""What a defense is, and the named loss terms that it returns."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,21 +25,23 @@ class Losses:
         return torch.stack(list(self.terms.values())).sum()
 
 
-class Defense(Protocol):
+class Defense(ABC):
     """Computes the training loss of a model on a batch: images x [N, ...] in [0, 1], labels y [N] (int64).
 
-    The model is called in the mode the caller left it in; `generator` is the source of an attack's random
-    start.
+    The model is called in the mode the caller left it in; `generator` is the source of an attack's random start.
     """
 
-    @property
-    def penalties(self) -> Sequence[Penalty]:
-        """The penalties that are added to the defense's own terms."""
-        ...
+    #: What is added to the defense's own terms.
+    penalties: Sequence[Penalty]
 
+    @abstractmethod
     def __call__(
         self, model: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None
     ) -> Losses: ...
+
+    def at_epoch(self, epoch: int) -> Defense:
+        """The defense to use in this epoch (the first is 1)."""
+        return self
 
 
 def with_penalties(terms: dict[str, Tensor], penalties: Sequence[Penalty], x: Tensor, y: Tensor) -> dict[str, Tensor]:

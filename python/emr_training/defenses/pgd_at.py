@@ -1,4 +1,4 @@
-"""PGD adversarial training."""
+"""Adversarial training on cross-entropy."""
 
 from __future__ import annotations
 
@@ -7,27 +7,44 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from emr_kernels import robust_loss
 from emr_training.attacks import Attack
-from emr_training.defenses.base import Losses, with_penalties
+from emr_training.defenses.base import Defense, Losses, with_penalties
+from emr_training.defenses.mail import MAIL, weighting
+from emr_training.errors import check_smoothing
 from emr_training.guard import bare
 from emr_training.penalties import Penalty
 
 
 @dataclass(frozen=True)
-class PGDAT:
+class PGDAT(Defense):
     """Cross-entropy at adversarial examples x' = attack(x) (Madry et al. 2018), and the penalties at x'.
 
-    With `EMR` this is AT-EMR (Liu & Chan 2022), whose penalty is taken at the adversarial example.
+    With `EMR` this is AT-EMR (Liu & Chan 2022), whose penalty is taken at the adversarial example; with an attack of
+    one random step (`RFGSM`) fast adversarial training (Wong et al. 2020); with `mail` MAIL-AT.
+
+    smoothing: of the labels, in [0, 1).
+    mail: sample weights; None: all 1.
+    clean_forward: the clean images also pass through the model, for BatchNorm's running statistics alone, as in the
+        released MAIL code.
     """
 
     attack: Attack
     penalties: Sequence[Penalty] = ()
+    smoothing: float = 0.0
+    mail: MAIL | None = None
+    clean_forward: bool = False
+
+    def __post_init__(self) -> None:
+        check_smoothing(self.smoothing)
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> Losses:
         """Loss terms for images x [N, ...] in [0, 1] and labels y [N] (int64)."""
         x_adv = self.attack(bare(model), x, y, generator=generator)
+        if self.clean_forward:
+            with torch.no_grad():
+                bare(model)(x)
         logits = model(x_adv)
-        terms = {"cross_entropy": F.cross_entropy(logits, y)}
-        return Losses(with_penalties(terms, self.penalties, x_adv, y), logits)
+        loss = robust_loss(logits, y=y, kind="ce", smoothing=self.smoothing, **weighting(self.mail, logits, y))
+        return Losses(with_penalties({"cross_entropy": loss.mean()}, self.penalties, x_adv, y), logits)

@@ -1,0 +1,61 @@
+"""TRADES: clean cross-entropy, and the divergence of the prediction on the adversarial example."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from emr_kernels import robust_loss
+from emr_training.attacks import Attack
+from emr_training.defenses.base import Defense, Losses, with_penalties
+from emr_training.defenses.mail import MAIL, weighting
+from emr_training.errors import check_count, check_number, check_smoothing
+from emr_training.guard import bare
+from emr_training.penalties import Penalty
+
+
+@dataclass(frozen=True)
+class TRADES(Defense):
+    """mean CE(f(x), y) + beta * mean KL(p(x) || p(x')) with x' = attack(x) (Zhang et al. 2019), the penalties at x'.
+
+    The gradient flows through both predictions. The attack of the paper is `PGD(..., loss="kl", start_std=0.001,
+    keep="last")`.
+
+    smoothing: of the labels, in [0, 1).
+    mail: sample weights of the divergence (MAIL-TRADES); None: all 1.
+    clean_forwards: 1, or 2 as in the released code, which runs x again for the divergence, after x': the same loss, but
+        BatchNorm's running statistics see x twice.
+    batch_size: the nominal one that the sum of divergences is divided by; None: the batch's own.
+    """
+
+    attack: Attack
+    beta: float = 6.0
+    penalties: Sequence[Penalty] = ()
+    smoothing: float = 0.0
+    mail: MAIL | None = None
+    clean_forwards: int = 1
+    batch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        check_number("beta", self.beta, low=0.0)
+        check_smoothing(self.smoothing)
+        if self.clean_forwards not in (1, 2):
+            raise ValueError(f"clean_forwards is {self.clean_forwards}; expected 1 or 2")
+        if self.batch_size is not None:
+            check_count("batch_size", self.batch_size)
+
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> Losses:
+        """Loss terms for images x [N, ...] in [0, 1] and labels y [N] (int64); the logits are the clean ones."""
+        x_adv = self.attack(bare(model), x, y, generator=generator)
+        logits = model(x)
+        adversarial = model(x_adv)
+        clean = model(x) if self.clean_forwards == 2 else logits
+        divergence = robust_loss(adversarial, clean, y, kind="kl", **weighting(self.mail, adversarial, y))
+        terms = {
+            "cross_entropy": robust_loss(logits, y=y, kind="ce", smoothing=self.smoothing).mean(),
+            "divergence": self.beta * divergence.sum() / (self.batch_size or len(x)),
+        }
+        return Losses(with_penalties(terms, self.penalties, x_adv, y), logits)
