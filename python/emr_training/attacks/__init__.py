@@ -2,8 +2,9 @@
 
 from emr_training.attacks.apgd import APGD, APGDT
 from emr_training.attacks.base import Attack, BoundedAttack
+from emr_training.attacks.fab import FAB, FABT
 from emr_training.attacks.fgsm import FGSM, RFGSM
 from emr_training.attacks.pgd import BIM, MIFGSM, PGD
 from emr_training.attacks.square import Square
 
-__all__ = ["APGD", "APGDT", "BIM", "FGSM", "MIFGSM", "PGD", "RFGSM", "Attack", "BoundedAttack", "Square"]
+__all__ = ["APGD", "APGDT", "BIM", "FAB", "FABT", "FGSM", "MIFGSM", "PGD", "RFGSM", "Attack", "BoundedAttack", "Square"]

@@ -161,17 +161,21 @@ def likeliest_wrong(logits: Tensor, y: Tensor, count: int) -> Tensor:
     return rivals.topk(min(count, logits.shape[1] - 1), dim=1).indices
 
 
+def random_direction(norm: str, x: Tensor, noise: Noise, stream: int) -> Tensor:
+    """A direction of length 1 under `norm` for each image: uniform in the cube under Linf, else Gaussian; scaled."""
+    shape = x.shape[1:]
+    direction = (
+        2 * noise.uniform(stream, shape, x.dtype) - 1 if norm == "Linf" else noise.normal(stream, shape, x.dtype)
+    )
+    order = {"Linf": torch.inf, "L2": 2.0, "L1": 1.0}[norm]
+    return direction / per_row(torch.linalg.vector_norm(direction.flatten(1), order, dim=1), x)
+
+
 def random_start(ball: Ball, x: Tensor, noise: Noise, stream: int) -> Tensor:
     """Where a run of `APGD` starts: see `restarts` there."""
-    if ball.norm == "Linf":
-        direction = 2 * noise.uniform(stream, x.shape[1:], x.dtype) - 1
-        length = direction.abs().flatten(1).amax(1)
-    else:
-        direction = noise.normal(stream, x.shape[1:], x.dtype)
-        length = torch.linalg.vector_norm(direction.flatten(1), dim=1)
     if ball.norm == "L1":
-        return ball.project(x + direction, x)
-    return ball.project(x + direction * per_row(ball.epsilon / length, x), x)
+        return ball.project(x + noise.normal(stream, x.shape[1:], x.dtype), x)
+    return ball.project(x + ball.epsilon * random_direction(ball.norm, x, noise, stream), x)
 
 
 def _clean(problem: Problem, logits: Tensor | None = None) -> tuple[Tensor, Tensor]:
