@@ -8,8 +8,9 @@ import torch
 
 from emr_kernels.ops.logit_seeds import logit_seeds
 
-DIRECTIONS = ("softmax", "label", "margin", "all", "random")
-NEEDS_LABELS = ("label", "margin")
+DIRECTIONS = ("softmax", "label", "margin", "all", "random", "cross_entropy")
+NEEDS_LABELS = ("label", "margin", "cross_entropy")
+_KINDS = {"softmax": "softmax", "label": "label", "margin": "margin", "cross_entropy": "ce"}
 
 
 def seeds(
@@ -23,11 +24,12 @@ def seeds(
 
     softmax: softmax(f(x)/T), held constant (the paper). label: e_y. margin: e_y − e_j with j the runner-up, the
     denominator of the effective margin. all: e_1 … e_C. random: √C v, v uniform on the unit sphere; its squared norm
-    has the expectation of the sum over "all".
+    has the expectation of the sum over "all". cross_entropy: softmax(f(x)) − e_y, whose effective weight is the
+    gradient of the cross-entropy; the one mix that is not held constant, see `seed_derivative`.
 
     Args:
         logits: `[N, C]`.
-        y: class indices `[N]`, for "label" and "margin".
+        y: class indices `[N]`, for "label", "margin" and "cross_entropy".
         temperature: T of "softmax".
         center: leave out the mean logit, which no prediction depends on: each mix minus its mean over the classes.
 
@@ -38,13 +40,21 @@ def seeds(
     classes = logits.shape[1]
     if classes == 1:
         # One class has no rival: every mix is that class.
-        yield torch.full_like(logits, 0.0 if center or direction == "margin" else 1.0)
-    elif direction in ("softmax", "label", "margin"):
+        yield torch.full_like(logits, 0.0 if center or direction in ("margin", "cross_entropy") else 1.0)
+    elif direction in _KINDS:
         labels = y if direction in NEEDS_LABELS else None
-        yield logit_seeds(logits, labels, kind=direction, temperature=temperature, center=center).seed
+        yield logit_seeds(logits, labels, kind=_KINDS[direction], temperature=temperature, center=center).seed
     else:
         for seed in _mixes(logits, direction):
             yield seed - seed.sum(1, keepdim=True) / classes if center else seed
+
+
+def seed_derivative(logits: torch.Tensor, tangent: torch.Tensor) -> torch.Tensor:
+    """The derivative of ⟨softmax(f(x)), tangent⟩ in the logits, `[N, C]`: p ⊙ (tangent − ⟨p, tangent⟩)."""
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    p = logits.detach().to(dtype).softmax(1)
+    tangent = tangent.to(dtype)
+    return p * (tangent - (p * tangent).sum(1, keepdim=True))
 
 
 def _mixes(logits: torch.Tensor, direction: str) -> Iterator[torch.Tensor]:

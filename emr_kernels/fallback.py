@@ -33,10 +33,15 @@ def squared_norms(
         check_logits(logits, x.shape[0])
         taps = [source if layer == INPUT else inputs[layer] for layer in options.layers]
         rows: list[Any] = [0] * len(taps)
-        for seed in seeds(logits, y, options.direction, options.temperature, options.center):
+        mixes = seeds(logits, y, options.direction, options.temperature, options.center)
+        if options.moves:
+            assert y is not None
+            mixes = iter([logits.softmax(1) - torch.nn.functional.one_hot(y, logits.shape[1])])
+        for seed in mixes:
             weights = torch.autograd.grad(
-                (seed.to(logits.dtype) * logits).sum(),
+                logits,
                 taps,
+                seed.to(logits.dtype),
                 create_graph=wants_gradient,
                 retain_graph=True,
                 allow_unused=True,

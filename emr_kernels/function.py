@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from emr_kernels.directions import seeds
+from emr_kernels.directions import seed_derivative, seeds
 from emr_kernels.linearize.chain import find_chain
 from emr_kernels.linearize.program import Point, Program
 from emr_kernels.once import differentiable_once
@@ -109,8 +109,8 @@ def passes(
     """
     program = request.program
     leaves = program.leaves(request.values)
-    point = program.forward(request.values, x, program.plan(wanted))
-    sink = Sink(program, point, leaves, x if wants_x else None)
+    point = program.forward(request.values, x, program.plan(wanted, moving=request.options.moves))
+    sink = Sink(program, point, leaves, x if wants_x else None, request.options.moves)
     squares = add_penalty(request, point, sink)
     return squares, sink.scale, *sink.unscaled()
 
@@ -132,7 +132,7 @@ def _deferred_passes(
 ) -> tuple[Sink, list[_Pass], torch.Tensor]:
     """Forward and vjp alone, for a result `[N]`: the tangents wait for its cotangent."""
     program = request.program
-    point = program.forward(request.values, x, program.plan(wanted))
+    point = program.forward(request.values, x, program.plan(wanted, moving=request.options.moves))
     request.values = []
     found: list[_Pass] = []
     total: torch.Tensor | None = None
@@ -142,7 +142,7 @@ def _deferred_passes(
         total = squares if total is None else total + squares
         found.append(_Pass(weights, kept))
     assert total is not None
-    return Sink(program, point, leaves, x if wants_x else None), found, total
+    return Sink(program, point, leaves, x if wants_x else None, request.options.moves), found, total
 
 
 class PenaltyFunction(torch.autograd.Function):
@@ -198,8 +198,11 @@ class Sink:
     tangent is divided by the largest norm in the batch, and the factor comes back in float32 at the very end.
     """
 
-    def __init__(self, program: Program, point: Point, leaves: Sequence[torch.Tensor], x: torch.Tensor | None) -> None:
+    def __init__(
+        self, program: Program, point: Point, leaves: Sequence[torch.Tensor], x: torch.Tensor | None, moves: bool
+    ) -> None:
         self.program = program
+        self.seed_derivative = seed_derivative if moves else None
         self.point = point
         self.leaves = leaves
         self.x = x
@@ -222,7 +225,7 @@ class Sink:
         largest = torch.where(largest > 0, largest, 1.0)
         tangents = [None if w is None else self._tangent(w, largest, factors) for w in weights]
         del weights
-        grads, x_grad = self.program.pull_back(self.point, kept, tangents, self.x is not None)
+        grads, x_grad = self.program.pull_back(self.point, kept, tangents, self.x is not None, self.seed_derivative)
         found = [x_grad, *grads]
         if self.scale is None:
             self.sums, self.scale = found, largest

@@ -59,6 +59,11 @@ class PenaltyOptions:
         object.__setattr__(self, "layers", tuple(self.layers))
 
     @property
+    def moves(self) -> bool:
+        """Whether the class mix is differentiated, too, rather than held constant."""
+        return self.direction == "cross_entropy"
+
+    @property
     def needs_labels(self) -> bool:
         """Whether the direction is defined by the labels."""
         return self.direction in NEEDS_LABELS

@@ -50,7 +50,8 @@ class EffectiveWeightPenalty(nn.Module):
         temperature: T > 0 of the softmax in direction "softmax".
         direction: which effective weight. "softmax": p = softmax(f(x)/T) (the paper). "label": e_y.
             "margin": e_y − e_j, j the strongest rival. "all": Σ_c ‖w_c‖². "random": an unbiased estimate of "all"
-            by one random projection.
+            by one random projection. "cross_entropy": the gradient of cross-entropy itself, p − e_y with p = softmax(f)
+            not held constant (Ross & Doshi-Velez 2018, whose penalty is half of this in the "paper" reduction).
         reduction: "paper", "mean", "sum" or "none".
         layers: where weights are taken: "input", or names of modules (their input h: w = ∂(Σ_c p_c f_c)/∂h); r_i
             sums over them.

@@ -25,10 +25,11 @@ class LogitsAndPenalty(torch.autograd.Function):
         program, factor = request.program, request.factor
         assert factor is not None
         wants_x = bool(ctx.needs_input_grad[1])
-        plan = program.plan(tuple(ctx.needs_input_grad[2:]), first_order=True)
+        moves = request.options.moves
+        plan = program.plan(tuple(ctx.needs_input_grad[2:]), first_order=True, moving=moves)
         point = program.forward(request.values, x, plan)
         request.values = []
-        sink = Sink(program, point, leaves, x if wants_x else None)
+        sink = Sink(program, point, leaves, x if wants_x else None, moves)
         squared = report(request, add_penalty(request, point, sink))
         assert sink.scale is not None
         # Saved like any operator's tensors: let go of by backward, and refused if changed in place before it.

@@ -114,8 +114,12 @@ def per_sample_penalty(
         logits = model(x)
         points = [x if name == "input" else captured[name] for name in layers]
         squares = {name: logits.new_zeros(len(x)) for name in layers}
-        for seed in seeds(logits, y, temperature, direction, center):
-            cotangents = torch.autograd.grad((seed * logits).sum(), points, create_graph=True)
+        if direction == "cross_entropy":
+            scalars = [F.cross_entropy(logits, y, reduction="sum")]
+        else:
+            scalars = [(seed * logits).sum() for seed in seeds(logits, y, temperature, direction, center)]
+        for scalar in scalars:
+            cotangents = torch.autograd.grad(scalar, points, create_graph=True)
             for name, g in zip(layers, cotangents, strict=True):
                 squares[name] = squares[name] + g.reshape(len(g), -1).square().sum(dim=1)
         return torch.stack(list(squares.values())).sum(dim=0), squares, logits

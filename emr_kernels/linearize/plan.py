@@ -46,16 +46,18 @@ class Planner:
         self.tapped = self._downstream_of(taps)
         self.scale_sources = find_scale_sources(rules, kept, dims)
         self._mark_free({*kept, graph.input})
-        self._plans: dict[tuple[tuple[bool, ...], bool], Plan] = {}
+        self._plans: dict[tuple[tuple[bool, ...], bool, bool], Plan] = {}
 
-    def plan(self, wanted: tuple[bool, ...], first_order: bool) -> Plan:
+    def plan(self, wanted: tuple[bool, ...], first_order: bool, moving: bool) -> Plan:
         """The plan for these wanted leaves (parallel to `graph.leaves`).
 
         `first_order`: whether the logits' own gradient will be asked for, too, as in ordinary training.
+        `moving`: whether the seed depends on the logits, so that their tangent has to be known.
         """
-        if (wanted, first_order) not in self._plans:
-            self._plans[wanted, first_order] = self._make_plan(wanted, first_order)
-        return self._plans[wanted, first_order]
+        key = (wanted, first_order, moving)
+        if key not in self._plans:
+            self._plans[key] = self._make_plan(*key)
+        return self._plans[key]
 
     def _last_uses(self) -> list[list[int]]:
         """For each call, the values that nothing reads after it."""
@@ -84,17 +86,17 @@ class Planner:
                 tapped.add(rule.node.index)
         return tapped
 
-    def _make_plan(self, wanted: tuple[bool, ...], first_order: bool) -> Plan:
+    def _make_plan(self, wanted: tuple[bool, ...], first_order: bool, moving: bool) -> Plan:
         masks = [tuple(wanted[self.leaf_place[ref]] for ref in rule.node.weights) for rule in self.rules]
         anything = any(wanted)
         bends: set[int] = set()  # values with a curved call downstream
-        carries: set[int] = set()  # values whose tangent some call reads
+        carries: set[int] = {self.graph.output} if moving else set()  # values whose tangent is read
         needs_primal, keeps, tangent = [], [], []
         for rule, mask in zip(reversed(self.rules), reversed(masks), strict=True):
             index = rule.node.index
             active = any(ref in self.tapped for ref in rule.node.active)
             keeps.append(active and (rule.curved or (rule.bilinear and any(mask))))
-            needs_primal.append((first_order or index in bends) and any(mask))
+            needs_primal.append((first_order or moving or index in bends) and any(mask))
             tangent.append(index in carries)
             if (rule.curved and active) or index in bends:
                 bends.update(rule.node.active)

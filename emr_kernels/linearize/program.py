@@ -14,7 +14,7 @@ carry, backward once (`adjoint`). There is no double backward in it.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +27,9 @@ from emr_kernels.linearize.rules import GenericRule, Rule
 from emr_kernels.linearize.rules.convolution import BilinearRule
 from emr_kernels.linearize.rules.normalization import AffineReluRule
 from emr_kernels.linearize.wrappers import ordinary, ordinary_tensors
+
+#: (logits, their tangent) -> the derivative of ⟨seed, tangent⟩ in the logits.
+SeedDerivative = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class Point:
@@ -70,9 +73,12 @@ class Program:
         program._to_freeze = set(range(len(self.rules)))
         return program
 
-    def plan(self, wanted: tuple[bool, ...], first_order: bool = False) -> Plan:
-        """The plan for these wanted leaves (parallel to `graph.leaves`); `first_order` if `gradient` will be called."""
-        return self.planner.plan(wanted, first_order)
+    def plan(self, wanted: tuple[bool, ...], first_order: bool = False, moving: bool = False) -> Plan:
+        """The plan for these wanted leaves (parallel to `graph.leaves`).
+
+        `first_order` if `gradient` will be called, `moving` if `pull_back` will be given a seed's derivative.
+        """
+        return self.planner.plan(wanted, first_order, moving)
 
     def bind(self, model: nn.Module, batch: int) -> list[Any]:
         """Values of everything that does not depend on the data of x, from the live model.
@@ -237,14 +243,21 @@ class Program:
         return tangents if dtype is None else tuple(_cast(t, dtype) for t in tangents)
 
     def pull_back(
-        self, point: Point, kept: list[Any], tangents: Sequence[torch.Tensor | None], wants_input: bool
+        self,
+        point: Point,
+        kept: list[Any],
+        tangents: Sequence[torch.Tensor | None],
+        wants_input: bool,
+        seed_derivative: SeedDerivative | None = None,
     ) -> tuple[list[torch.Tensor | None], torch.Tensor | None]:
-        """Derivatives of Σ_tap ⟨tangent, ∂s/∂tap⟩ with tangents and seed held constant.
+        """Derivatives of Σ_tap ⟨tangent, ∂s/∂tap⟩ with tangents held constant, and the seed, too, unless it moves.
 
         Args:
             kept: the cotangents from `vjp(..., keep=True)`; each is let go of as soon as it is used.
             tangents: one for each tap.
             wants_input: whether the derivative in x is asked for.
+            seed_derivative: of a seed that depends on the logits: from the logits and their tangent, the derivative of
+                ⟨seed, tangent⟩ in the logits, `[N, C]`.
 
         Returns:
             A gradient for each of `graph.leaves` (None where it is zero or not wanted), and one for x.
@@ -276,6 +289,10 @@ class Program:
                     flow[node.index] = _add(flow[node.index], out, point.dtypes[node.index], False)
                 for ref in self.planner.releases[place]:
                     flow[ref] = None
+            output = self.graph.output
+            if seed_derivative is not None and flow[output] is not None:
+                bend = seed_derivative(point.logits, flow[output])
+                adjoints[output] = _add(adjoints[output], bend, point.dtypes[output], False)
             del flow
             if any(a is not None for a in adjoints):
                 self._carry_back(point, adjoints, grads, wants_input)

@@ -15,7 +15,7 @@ from emr_kernels import EffectiveWeightPenalty
 from oracle import TOLERANCES, assert_gradients_match, double_backward, relative_error
 
 MODELS = ["mlp_batchnorm", "wrn_10_2", "densenet", "vit", "act_silu"]
-DIRECTIONS = ["softmax", "label", "margin", "all"]
+DIRECTIONS = ["softmax", "label", "margin", "all", "cross_entropy"]
 REDUCTIONS = ["paper", "mean", "sum", "none"]
 
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from emr_kernels import robust_loss
 from emr_training.penalties import Penalty
 
 
@@ -42,6 +45,16 @@ class Defense(ABC):
     def at_epoch(self, epoch: int) -> Defense:
         """The defense to use in this epoch (the first is 1)."""
         return self
+
+
+def cross_entropy(logits: Tensor, y: Tensor, *, logit_margin: float = 0.0, **options: Any) -> Tensor:
+    """Cross-entropy of each row, [N], in float32; `options` are those of `emr_kernels.robust_loss`.
+
+    logit_margin: subtracted from the label's logit, as Hypersphere Embedding does (scale * m).
+    """
+    if logit_margin:
+        logits = logits - logit_margin * F.one_hot(y, logits.shape[1]).to(logits.dtype)
+    return robust_loss(logits, y=y, kind="ce", **options)
 
 
 def with_penalties(terms: dict[str, Tensor], penalties: Sequence[Penalty], x: Tensor, y: Tensor) -> dict[str, Tensor]:

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from emr_kernels import robust_loss
 from emr_training.attacks import Attack
-from emr_training.defenses.base import Defense, Losses, with_penalties
+from emr_training.defenses.base import Defense, Losses, cross_entropy, with_penalties
 from emr_training.defenses.mail import MAIL, weighting
-from emr_training.errors import check_smoothing
+from emr_training.errors import check_number, check_smoothing
 from emr_training.guard import bare
 from emr_training.penalties import Penalty
 
@@ -28,6 +27,7 @@ class PGDAT(Defense):
     mail: sample weights; None: all 1.
     clean_forward: the clean images also pass through the model, for BatchNorm's running statistics alone, as in the
         released MAIL code.
+    logit_margin: subtracted from the label's logit (Hypersphere Embedding's scale * m).
     """
 
     attack: Attack
@@ -35,9 +35,11 @@ class PGDAT(Defense):
     smoothing: float = 0.0
     mail: MAIL | None = None
     clean_forward: bool = False
+    logit_margin: float = 0.0
 
     def __post_init__(self) -> None:
         check_smoothing(self.smoothing)
+        check_number("logit_margin", self.logit_margin, low=0.0)
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> Losses:
         """Loss terms for images x [N, ...] in [0, 1] and labels y [N] (int64)."""
@@ -46,5 +48,6 @@ class PGDAT(Defense):
             with torch.no_grad():
                 bare(model)(x)
         logits = model(x_adv)
-        loss = robust_loss(logits, y=y, kind="ce", smoothing=self.smoothing, **weighting(self.mail, logits, y))
+        options = {"logit_margin": self.logit_margin, "smoothing": self.smoothing}
+        loss = cross_entropy(logits, y, **options, **weighting(self.mail, logits, y))
         return Losses(with_penalties({"cross_entropy": loss.mean()}, self.penalties, x_adv, y), logits)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from emr_kernels import robust_loss
 from emr_training.attacks import Attack
-from emr_training.defenses.base import Defense, Losses, with_penalties
+from emr_training.defenses.base import Defense, Losses, cross_entropy, with_penalties
 from emr_training.defenses.mail import MAIL, weighting
 from emr_training.errors import check_count, check_number, check_smoothing
 from emr_training.guard import bare
@@ -29,6 +29,7 @@ class TRADES(Defense):
     clean_forwards: 1, or 2 as in the released code, which runs x again for the divergence, after x': the same loss, but
         BatchNorm's running statistics see x twice.
     batch_size: the nominal one that the sum of divergences is divided by; None: the batch's own.
+    logit_margin: subtracted from the label's logit in the cross-entropy (Hypersphere Embedding's scale * m).
     """
 
     attack: Attack
@@ -38,10 +39,12 @@ class TRADES(Defense):
     mail: MAIL | None = None
     clean_forwards: int = 1
     batch_size: int | None = None
+    logit_margin: float = 0.0
 
     def __post_init__(self) -> None:
         check_number("beta", self.beta, low=0.0)
         check_smoothing(self.smoothing)
+        check_number("logit_margin", self.logit_margin, low=0.0)
         if self.clean_forwards not in (1, 2):
             raise ValueError(f"clean_forwards is {self.clean_forwards}; expected 1 or 2")
         if self.batch_size is not None:
@@ -54,8 +57,9 @@ class TRADES(Defense):
         adversarial = model(x_adv)
         clean = model(x) if self.clean_forwards == 2 else logits
         divergence = robust_loss(adversarial, clean, y, kind="kl", **weighting(self.mail, adversarial, y))
+        loss = cross_entropy(logits, y, logit_margin=self.logit_margin, smoothing=self.smoothing)
         terms = {
-            "cross_entropy": robust_loss(logits, y=y, kind="ce", smoothing=self.smoothing).mean(),
+            "cross_entropy": loss.mean(),
             "divergence": self.beta * divergence.sum() / (self.batch_size or len(x)),
         }
         return Losses(with_penalties(terms, self.penalties, x_adv, y), logits)
