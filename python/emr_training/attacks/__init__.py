@@ -3,6 +3,8 @@
 from emr_training.attacks.apgd import APGD, APGDT
 from emr_training.attacks.autoattack import AutoAttack
 from emr_training.attacks.base import Attack, BoundedAttack
+from emr_training.attacks.cw import CarliniWagner
+from emr_training.attacks.deepfool import DeepFool
 from emr_training.attacks.fab import FAB, FABT
 from emr_training.attacks.fgsm import FGSM, RFGSM
 from emr_training.attacks.flags import EvaluationWarning
@@ -25,6 +27,8 @@ __all__ = [
     "AutoAttack",
     "AutoAttackResult",
     "BoundedAttack",
+    "CarliniWagner",
+    "DeepFool",
     "EvaluationWarning",
     "Square",
 ]
