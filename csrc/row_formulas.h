@@ -1,9 +1,8 @@
 // logit_seeds and robust_losses: what one row's sums and largest logits make of it. Scalar, shared by CPU and GPU; the
-// passes over the classes are theirs. A is float or double.
+// passes over the classes are theirs. A is float or double. Classes are int, -1 where there is none.
 #pragma once
 
 #include <cmath>
-#include <cstdint>
 
 #include "formulas.h"
 
@@ -28,6 +27,10 @@ EMR_HOST_DEVICE static inline int ranks_of(SeedKind kind) {
   return kind == SeedKind::dlr || kind == SeedKind::dlr_targeted ? 4 : 2;
 }
 
+EMR_HOST_DEVICE static inline int least_classes(SeedKind kind) {
+  return kind == SeedKind::dlr_targeted ? 4 : kind == SeedKind::dlr ? 3 : 2;
+}
+
 // Whether a seed has a part in every class.
 EMR_HOST_DEVICE static inline bool is_dense(SeedKind kind) {
   return kind == SeedKind::softmax || kind == SeedKind::ce || kind == SeedKind::ce_targeted;
@@ -39,28 +42,30 @@ template <class A>
 struct RowSoftmax {
   A top;
   A rest;
-  int64_t place;  // of the first largest
+  int place;  // of the first largest
 
   EMR_HOST_DEVICE A total() const { return 1 + rest; }
   EMR_HOST_DEVICE A log_total() const { return log_one_plus(rest); }
-  EMR_HOST_DEVICE A complement(int64_t k, A e) const { return k == place ? rest / total() : 1 - e / total(); }
+  EMR_HOST_DEVICE A complement(int k, A e) const { return k == place ? rest / total() : 1 - e / total(); }
   EMR_HOST_DEVICE A log_p(A z) const { return (z - top) - log_total(); }
 };
 
 // What a row's seed is made of.
 template <class A>
 struct SeedRow {
-  A ranked[4];        // the largest logits, falling; among equals the first class first
-  int64_t places[4];  // their classes
+  A ranked[4];    // the largest logits, falling; among equals the first class first
+  int places[4];  // their classes
   A rest;             // of exp(z - top), see RowSoftmax
   A mixed_rest;       // of exp((z - top) / T), for softmax
   A mixed;            // the sum of exp((z - top) / T) * z, for softmax
   A sum;              // the sum of z, where seeds are centred
-  int64_t label, target;
+  int label, target;
   A at_label, at_target;         // logits
   A e_label, e_target, e_rival;  // exp(z - top)
 
-  EMR_HOST_DEVICE int rival_rank() const { return places[0] == label ? 1 : 0; }
+  // Without an index that is known at run time only: on a GPU the arrays then stay in registers.
+  EMR_HOST_DEVICE int rival() const { return places[0] == label ? places[1] : places[0]; }
+  EMR_HOST_DEVICE A at_rival() const { return places[0] == label ? ranked[1] : ranked[0]; }
 };
 
 // seed_k = exp(...)_k * factor + shift; then values[0] at places[0] instead if `replace`, and every other value added.
@@ -68,27 +73,28 @@ template <class A>
 struct SeedPlan {
   static constexpr int kPlaces = 5;
   A loss, margin, probability_margin;
-  int64_t runner_up;
+  int runner_up;
   A factor, shift;
   bool replace;
-  int count;
-  int64_t places[kPlaces];
+  int places[kPlaces];
   A values[kPlaces];
 
-  EMR_HOST_DEVICE void add(int64_t place, A value) {
-    places[count] = place;
-    values[count++] = value;
+  EMR_HOST_DEVICE void set(int slot, int place, A value) {
+    places[slot] = place;
+    values[slot] = value;
   }
 };
 
 template <class A>
-EMR_HOST_DEVICE static inline SeedPlan<A> plan_seed(SeedKind kind, const SeedRow<A>& r, int64_t classes, bool center) {
-  const int rank = r.rival_rank();
-  const A at_rival = r.ranked[rank];
+EMR_HOST_DEVICE static inline SeedPlan<A> plan_seed(SeedKind kind, const SeedRow<A>& r, int classes, bool center) {
+  const A at_rival = r.at_rival();
   const RowSoftmax<A> soft{r.ranked[0], r.rest, r.places[0]};
   const A total = soft.total();
   SeedPlan<A> plan{};
-  plan.runner_up = r.places[rank];
+  for (int slot = 0; slot < SeedPlan<A>::kPlaces; ++slot) {
+    plan.places[slot] = -1;
+  }
+  plan.runner_up = r.rival();
   plan.margin = r.at_label - at_rival;
   plan.probability_margin = r.e_label / total - r.e_rival / total;
   switch (kind) {
@@ -98,7 +104,7 @@ EMR_HOST_DEVICE static inline SeedPlan<A> plan_seed(SeedKind kind, const SeedRow
         plan.factor = 1 / (1 + r.mixed_rest);
         plan.loss = r.mixed * plan.factor;
       } else {
-        plan.add(r.label, 1);
+        plan.set(0, r.label, 1);
         plan.loss = r.at_label;
       }
       if (center) {
@@ -107,25 +113,25 @@ EMR_HOST_DEVICE static inline SeedPlan<A> plan_seed(SeedKind kind, const SeedRow
       }
       break;
     case SeedKind::margin:
-      plan.add(r.label, 1);
-      plan.add(plan.runner_up, -1);
+      plan.set(0, r.label, 1);
+      plan.set(1, plan.runner_up, -1);
       plan.loss = plan.margin;
       break;
     case SeedKind::cw:
-      plan.add(r.label, -1);
-      plan.add(plan.runner_up, 1);
+      plan.set(0, r.label, -1);
+      plan.set(1, plan.runner_up, 1);
       plan.loss = -plan.margin;
       break;
     case SeedKind::ce:
       plan.factor = 1 / total;
       plan.replace = true;
-      plan.add(r.label, -soft.complement(r.label, r.e_label));
+      plan.set(0, r.label, -soft.complement(r.label, r.e_label));
       plan.loss = -soft.log_p(r.at_label);
       break;
     case SeedKind::ce_targeted:
       plan.factor = -1 / total;
       plan.replace = true;
-      plan.add(r.target, soft.complement(r.target, r.e_target));
+      plan.set(0, r.target, soft.complement(r.target, r.e_target));
       plan.loss = soft.log_p(r.at_target);
       break;
     case SeedKind::dlr:
@@ -135,12 +141,12 @@ EMR_HOST_DEVICE static inline SeedPlan<A> plan_seed(SeedKind kind, const SeedRow
       const A width = r.ranked[0] - low + A(kDlrFloor);
       const A ratio = (r.at_label - (targeted ? r.at_target : at_rival)) / width;
       const A slope = ratio / width;
-      plan.add(r.label, -1 / width);
-      plan.add(targeted ? r.target : plan.runner_up, 1 / width);
-      plan.add(r.places[0], slope);
-      plan.add(r.places[2], targeted ? slope * A(-0.5) : -slope);
+      plan.set(0, r.label, -1 / width);
+      plan.set(1, targeted ? r.target : plan.runner_up, 1 / width);
+      plan.set(2, r.places[0], slope);
+      plan.set(3, r.places[2], targeted ? slope * A(-0.5) : -slope);
       if (targeted) {
-        plan.add(r.places[3], slope * A(-0.5));
+        plan.set(4, r.places[3], slope * A(-0.5));
       }
       plan.loss = -ratio;
       break;
@@ -156,7 +162,7 @@ struct LossOptions {
   bool mail;
   double slope;
   double bias;
-  int64_t classes;
+  int classes;
 
   EMR_HOST_DEVICE bool boosted() const { return kind == LossKind::mart; }
   // Whether there is a cross-entropy on the adversarial or on the clean logits; whether there are clean logits.
@@ -169,7 +175,7 @@ struct LossOptions {
 template <class A>
 struct LossRow {
   RowSoftmax<A> adv, clean;
-  int64_t label, rival;
+  int label, rival;
   A adv_e_label, adv_e_rival, clean_e_label, clean_e_rival;
   A adv_at_label, clean_at_label;  // logits
   A weight;                        // the caller's
@@ -188,10 +194,10 @@ struct LossPlan {
   A pull, own, uniform;
   A clean_pull, clean_own, clean_uniform;
   A divergence;
-  int count;
-  int64_t places[3];
-  A values[3];
-  int64_t clean_place;  // -1: none
+  static constexpr int kPlaces = 3;
+  int places[kPlaces];
+  A values[kPlaces];
+  int clean_place;
   A clean_value;
 };
 
@@ -250,7 +256,7 @@ EMR_HOST_DEVICE static inline LossPlan<A> plan_loss(const LossOptions& o, const 
   plan.pull = share;
   plan.own = outer * (1 - ratio) - lost;
   plan.uniform = o.on_adversarial() ? -(outer * uniform) : A(0);
-  const auto gradient_at = [&](int64_t k, A adv_e, A clean_e) {
+  const auto gradient_at = [&](int k, A adv_e, A clean_e) {
     const A p = adv_e * adv_scale, rest = r.adv.complement(k, adv_e), clean_p = clean_e * clean_scale;
     const bool first_in_both = k == r.adv.place && k == r.clean.place;
     A difference = first_in_both ? r.clean.complement(k, clean_e) - rest : p - clean_p;
@@ -265,19 +271,12 @@ EMR_HOST_DEVICE static inline LossPlan<A> plan_loss(const LossOptions& o, const 
     }
     return (o.has_clean() ? share * difference : A(0)) + own - lost * p + plan.uniform;
   };
-  const auto set = [&](int64_t k, A adv_e, A clean_e) {
-    plan.places[plan.count] = k;
-    plan.values[plan.count++] = gradient_at(k, adv_e, clean_e);
-  };
-  if (o.on_adversarial()) {
-    set(r.label, r.adv_e_label, r.clean_e_label);
-  }
-  if (o.boosted()) {
-    set(r.rival, r.adv_e_rival, r.clean_e_rival);
-  }
-  if (o.has_clean() && r.adv.place == r.clean.place) {
-    set(r.adv.place, A(1), A(1));
-  }
+  plan.places[0] = o.on_adversarial() ? r.label : -1;
+  plan.places[1] = o.boosted() ? r.rival : -1;
+  plan.places[2] = o.has_clean() && r.adv.place == r.clean.place ? r.adv.place : -1;
+  plan.values[0] = gradient_at(r.label, r.adv_e_label, r.clean_e_label);
+  plan.values[1] = gradient_at(r.rival, r.adv_e_rival, r.clean_e_rival);
+  plan.values[2] = gradient_at(r.adv.place, A(1), A(1));
 
   plan.clean_place = -1;
   if (o.has_clean()) {

@@ -1,28 +1,13 @@
 // logit_seeds on the CPU.
-#include <string>
-
 #include "over_rows.h"
 
 namespace emr::cpu {
-namespace {
-
-rows::SeedKind kind_of(const std::string& name) {
-  constexpr const char* kNames[] = {"softmax", "label", "margin", "ce", "cw", "dlr", "ce_targeted", "dlr_targeted"};
-  for (int i = 0; i < 8; ++i) {
-    if (name == kNames[i]) {
-      return static_cast<rows::SeedKind>(i);
-    }
-  }
-  STD_TORCH_CHECK(false, "unknown kind of seed: ", name);
-}
-
-}  // namespace
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> logit_seeds(
     const Tensor& logits, const OptionalTensor& y, const OptionalTensor& target, const std::string& kind,
     double temperature, bool center) {
-  const rows::SeedKind which = kind_of(kind);
-  check_logits(logits, which == rows::SeedKind::dlr_targeted ? 4 : which == rows::SeedKind::dlr ? 3 : 2);
+  const rows::SeedKind which = seed_kind(kind);
+  check_logits(logits, rows::least_classes(which));
   const int64_t rows = logits.size(0), classes = logits.size(1);
   const ScalarType wide = compute_type(logits);
   Tensor seed = torch::stable::empty_like(logits);

@@ -1,31 +1,18 @@
-// What the operators over rows of logits share: checks of what the kernels would crash on, and the walk over rows.
+// What the operators over rows of logits share on the CPU: the check of class indices, and the walk over rows.
 #pragma once
 
 #include <memory>
 
+#include "../row_kinds.h"
 #include "layout.h"
 #include "rows.h"
 
 namespace emr::cpu {
 
-inline void check_logits(const Tensor& t, int64_t least) {
-  constexpr int64_t kMost = int64_t{1} << 30;  // classes are counted in 32-bit lanes
-  STD_TORCH_CHECK(
-      t.dim() == 2 && t.is_contiguous() && t.size(1) >= least && t.size(1) <= kMost,
-      "expected contiguous logits [N, C] with enough classes");
-  dtype_of(t);
-}
-
-// Pointer to class indices, one for each row and all in range; null where there are none.
+// Pointer to class indices, all in range; null where there are none.
 inline const int64_t* checked_classes(const OptionalTensor& classes, const Tensor& logits) {
-  if (!classes) {
-    return nullptr;
-  }
-  STD_TORCH_CHECK(
-      classes->scalar_type() == ScalarType::Long && classes->is_contiguous() && classes->numel() == logits.size(0),
-      "expected one contiguous int64 class index for each row");
-  const auto* values = static_cast<const int64_t*>(classes->const_data_ptr());
-  for (int64_t i = 0; i < logits.size(0); ++i) {
+  const int64_t* values = class_indices(classes, logits);
+  for (int64_t i = 0; values != nullptr && i < logits.size(0); ++i) {
     STD_TORCH_CHECK(values[i] >= 0 && values[i] < logits.size(1), "class index ", values[i], " is out of range");
   }
   return values;

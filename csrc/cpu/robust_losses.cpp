@@ -1,40 +1,16 @@
 // robust_losses on the CPU.
-#include <string>
-
 #include "over_rows.h"
 
 namespace emr::cpu {
-namespace {
-
-rows::LossKind kind_of(const std::string& name) {
-  constexpr const char* kNames[] = {"ce", "kl", "trades", "mart"};
-  for (int i = 0; i < 4; ++i) {
-    if (name == kNames[i]) {
-      return static_cast<rows::LossKind>(i);
-    }
-  }
-  STD_TORCH_CHECK(false, "unknown kind of loss: ", name);
-}
-
-}  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> robust_losses(
     const Tensor& adversarial, const OptionalTensor& clean, const OptionalTensor& y, const OptionalTensor& weights,
     const std::string& kind, double beta, double smoothing, bool mail, double slope, double bias) {
   check_logits(adversarial, 2);
   const int64_t rows = adversarial.size(0), classes = adversarial.size(1);
-  const rows::LossOptions options{kind_of(kind), beta, smoothing, mail, slope, bias, classes};
-  STD_TORCH_CHECK(options.has_clean() == clean.has_value(), "expected clean logits for every kind but ce");
-  STD_TORCH_CHECK(y || (options.kind == rows::LossKind::kl && !mail), "expected class indices");
+  const rows::LossOptions options{loss_kind(kind), beta, smoothing, mail, slope, bias, static_cast<int>(classes)};
   const ScalarType wide = compute_type(adversarial);
-  if (clean) {
-    check_same(*clean, adversarial, false);
-  }
-  if (weights) {
-    STD_TORCH_CHECK(
-        weights->scalar_type() == wide && weights->is_contiguous() && weights->numel() == rows,
-        "expected one contiguous weight of the compute type for each row");
-  }
+  check_loss_arguments(options, adversarial, clean, y, weights, wide);
   Tensor loss = torch::stable::new_empty(adversarial, {rows}, wide);
   Tensor grad = torch::stable::new_empty(adversarial, {rows, classes}, wide);
   Tensor clean_grad = clean ? torch::stable::new_empty(adversarial, {rows, classes}, wide)

@@ -87,7 +87,9 @@ def logit_seeds_reference(
     soft = softmax_rows(z)
     margin = _at(z, label) - _at(z, rival)
     if kind == "softmax" or kind == "label":
-        seed = torch.softmax(z / temperature, 1) if kind == "softmax" else _only(z, label, 1.0)
+        # Shifted first: a small temperature then overflows nothing but what vanishes.
+        shifted = z - z.amax(1, keepdim=True)
+        seed = torch.softmax(shifted / temperature, 1) if kind == "softmax" else _only(z, label, 1.0)
         loss = torch.where(seed == 0, 0, seed * z).sum(1)
         if center:
             seed, loss = seed - 1 / classes, loss - z.sum(1) / classes
@@ -168,8 +170,8 @@ def logit_seeds(
 
     Args:
         logits: `[N, C]`; float32, bfloat16, float16 or float64. C is at least 2; 3 for dlr, 4 for dlr_targeted.
-        y: int64 `[N]`, class indices; None: the class of the largest logit. On a GPU a label out of range makes its
-            row NaN, elsewhere it is an error.
+        y: int64 `[N]`, class indices; None: the class of the largest logit. A GPU's kernels make a row NaN
+            whose label is out of range, elsewhere that is an error.
         target: int64 `[N]`, t of the targeted kinds, and for these alone.
         temperature: T of softmax.
         center: seeds minus their mean over the classes, which is 1/C for softmax and label and else 0.

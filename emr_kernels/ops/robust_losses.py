@@ -164,8 +164,8 @@ def robust_losses(
     Args:
         adversarial: logits at the adversarial example, `[N, C]`, C >= 2; float32, bfloat16, float16 or float64.
         clean: logits at the clean example, like adversarial; for every kind but ce, and for these alone.
-        y: int64 `[N]`, class indices; needed for every kind but kl without mail. On a GPU a label out of range makes
-            its row NaN, elsewhere it is an error.
+        y: int64 `[N]`, class indices; needed for every kind but kl without mail. A GPU's kernels make a row
+            NaN whose label is out of range, elsewhere that is an error.
         beta: for trades and mart.
         smoothing: of the labels in CE, in [0, 1): for ce and trades.
         weights: `[N]`, floating.

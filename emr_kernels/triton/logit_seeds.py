@@ -62,9 +62,10 @@ def logit_seeds_kernel(
         if CENTER:
             total += tl.sum(z, 1)
 
-    # What is NaN where a label is out of range.
-    label_valid = (label >= 0) & (label < classes) & (goal >= 0) & (goal < classes)
-    shift = tl.where(label_valid, 0.0, float("nan"))
+    # A row whose label is out of range is NaN throughout.
+    valid = (label >= 0) & (label < classes) & (goal >= 0) & (goal < classes)
+    invalid = tl.where(valid, 0.0, float("nan"))
+    shift = invalid
     factor = tl.zeros([ROWS], tl.float32)
     e_label = tl.exp(at_label - top)
     log_total = log_one_plus(rest)
@@ -98,7 +99,7 @@ def logit_seeds_kernel(
         width = (top - low) + 1e-12
         ratio = (at_label - at_goal) / width
         value = -ratio
-    tl.store(loss + n, value, mask=inside)
+    tl.store(loss + n, value + invalid, mask=inside)
     tl.store(margin + n, at_label - at_rival, mask=inside)
     tl.store(runner_up + n, rival.to(tl.int64), mask=inside)
     p_label, p_rival = e_label / (1 + rest), tl.exp(at_rival - top) / (1 + rest)
@@ -133,8 +134,8 @@ def logit_seeds_kernel(
             else:
                 low_two = (k == place_of(order_3)[:, None]) | (k == place_of(order_4)[:, None])
                 values -= tl.where(low_two, slope / 2, 0.0)
-        outside = inside[:, None] & (k < classes)
-        tl.store(seed + n[:, None] * classes + k, values.to(seed.dtype.element_ty), mask=outside)
+        stored = inside[:, None] & (k < classes)
+        tl.store(seed + n[:, None] * classes + k, values.to(seed.dtype.element_ty), mask=stored)
 
 
 def logit_seeds(

@@ -184,6 +184,9 @@ def robust_losses(
     grad = torch.empty_like(adversarial, dtype=torch.float32)
     clean_grad = grad.new_empty((0,)) if clean is None else torch.empty_like(grad)
     tile = tiling(classes)
+    if kind == "mart" and tile["num_warps"] == 8:
+        # Its two tiles and their sums take more registers than eight warps have.
+        tile["num_warps"] = 16
     arguments = (adversarial, clean, y, weights, loss, grad, clean_grad, beta, smoothing, slope, bias, rows, classes)
     constants: dict[str, Any] = {"KIND": kind, "SMOOTH": smoothing != 0, "MAIL": mail}
     grid = common.cdiv(rows, tile["ROWS"])

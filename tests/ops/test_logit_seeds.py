@@ -6,6 +6,7 @@ import importlib
 import os
 import subprocess
 import sys
+from itertools import product
 from typing import Any
 
 import pytest
@@ -143,6 +144,29 @@ def test_confident_rows_keep_their_gradient(backend: Backend) -> None:
     torch.testing.assert_close(loss.cpu().double(), expected.loss, rtol=60 * 1.2e-7, atol=0)
 
 
+def check_labels_out_of_range(kernel: Any) -> None:
+    """On a GPU nobody looks at labels before the kernel: such a row is NaN, its neighbours are right."""
+    z, rows = torch.randn(3, 10), [0, 2]
+    for wrong, kind in product((-1, 2**32), reference.KINDS):
+        y = torch.tensor([4, wrong, 0])
+        right = y.where(y != wrong, 0)
+        targeted = kind in reference.TARGETED
+        found = kernel(z, *((right, y) if targeted else (y, None)), kind, 1.0, False)
+        assert found[0][1].isnan().all() and found[1][1].isnan()
+        expected = exact(z, right, right if targeted else None, kind, 1.0, False)
+        compare([t[rows] for t in found], ops.LogitSeeds(*(t[rows] for t in expected)), z[rows], kind)
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=str)
+def test_labels_out_of_range(backend: Backend) -> None:
+    kernel = backend.kernel("logit_seeds", torch.float32)
+    if backend.name == "cpu":
+        with pytest.raises(RuntimeError, match="class index 10 is out of range"):
+            kernel(torch.randn(2, 10), torch.tensor([1, 10]), None, "ce", 1.0, False)
+    else:
+        check_labels_out_of_range(lambda *args: kernel(*on(backend.device, *args[:3]), *args[3:]))
+
+
 def plain(kind: str, z: Tensor, y: Tensor, t: Tensor, temperature: float) -> Tensor:
     """The losses as the docstring's table has them, for autograd."""
     at_y, at_t = (z.gather(1, c[:, None]).squeeze(1) for c in (y, t))
@@ -187,6 +211,14 @@ def test_dlr_ignores_shift_and_scale() -> None:
         loss = ops.logit_seeds(z, y, target, kind=kind).loss
         # Up to the 1e-12 in the denominator.
         torch.testing.assert_close(ops.logit_seeds(7 * z - 3, y, target, kind=kind).loss, loss, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=str)
+def test_small_temperatures(backend: Backend) -> None:
+    kernel = backend.kernel("logit_seeds", torch.float32)
+    z = torch.tensor([[1e4, -1e4, 9e3], [2.0, 2.0, 1.0]])
+    seed, loss, *_ = kernel(*on(backend.device, z, None, None), "softmax", 1e-37, False)
+    assert seed.tolist() == [[1, 0, 0], [0.5, 0.5, 0]] and loss.tolist() == [1e4, 2]
 
 
 def test_layouts() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from itertools import product
 from typing import Any
 
 import pytest
@@ -76,6 +77,10 @@ def test_against_autograd(classes: int, kind: str, beta: float, smoothing: float
         torch.testing.assert_close(found, gradient, rtol=0, atol=1e-10)
 
 
+def on(device: str, *tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if t is None else t.to(device) for t in tensors]
+
+
 def near(found: Tensor, expected: Tensor, tolerance: Any) -> bool:
     """Equal, both NaN, or near."""
     found = found.cpu().double()
@@ -120,7 +125,7 @@ def test_backends(backend: Backend, dtype: torch.dtype, shape: tuple[int, int]) 
         weights = w if index % 3 else None
         tensors = (a, None if kind == "ce" else c, None if kind == "kl" and mail is None else y, weights)
         options = (kind, beta, smoothing, mail is not None, slope, bias)
-        found = kernel(*(None if t is None else t.to(backend.device) for t in tensors), *options)
+        found = kernel(*on(backend.device, *tensors), *options)
         compare(found, (*tensors, *options))
 
 
@@ -152,7 +157,7 @@ def test_special_values(backend: Backend, kind: str) -> None:
             y = torch.full((len(a),), label)
             tensors = (a, None if kind == "ce" else c, y, None)
             options = (kind, 2.0, 0.0, False, 0.0, 0.0)
-            found = kernel(*(None if t is None else t.to(backend.device) for t in tensors), *options)
+            found = kernel(*on(backend.device, *tensors), *options)
             for rows in range(len(a)):
                 one = tuple(None if t is None else t[rows : rows + 1] for t in tensors)
                 compare([t[rows : rows + 1] for t in found], (*one, *options))
@@ -162,13 +167,32 @@ def test_special_values(backend: Backend, kind: str) -> None:
 def test_confident_rows_keep_their_gradient(backend: Backend) -> None:
     kernel = backend.kernel("robust_losses", torch.float32)
     a, c = torch.tensor([[30.0, 0.01, -2.0]]), torch.tensor([[30.0, 0.0, -2.0]])
-    tensors = tuple(t.to(backend.device) for t in (a, c, torch.tensor([0])))
+    tensors = on(backend.device, a, c, torch.tensor([0]))
     for kind in ("kl", "trades"):
         _, found, _ = kernel(*tensors, None, kind, 6.0, 0.0, False, 0.0, 0.0)
         factor = 6.0 if kind == "trades" else 1.0
         # p' − p of the first class would round to 0; it is what the others lose. Those differ by 1%, known to 60 units.
         expected = -factor * (a.double().softmax(1) - c.double().softmax(1))[:, 1:].sum(1)
         torch.testing.assert_close(found.cpu().double()[:, 0], expected, rtol=100 * 60 * 1.2e-7, atol=0)
+
+
+def check_labels_out_of_range(kernel: Any) -> None:
+    """On a GPU nobody looks at labels before the kernel: such a row is NaN, its neighbours are not."""
+    a, c = torch.randn(3, 10), torch.randn(3, 10)
+    for wrong, kind in product((-1, 2**32), reference.KINDS):
+        y = torch.tensor([4, wrong, 0])
+        found = kernel(a, None if kind == "ce" else c, y, None, kind, 2.0, 0.0, False, 0.0, 0.0)
+        assert all(t[1].isnan().all() and t[::2].isfinite().all() for t in found if t.numel())
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=str)
+def test_labels_out_of_range(backend: Backend) -> None:
+    kernel = backend.kernel("robust_losses", torch.float32)
+    if backend.name == "cpu":
+        with pytest.raises(RuntimeError, match="class index -1 is out of range"):
+            kernel(torch.randn(2, 10), None, torch.tensor([1, -1]), None, "ce", 1.0, 0.0, False, 0.0, 0.0)
+    else:
+        check_labels_out_of_range(lambda *args: kernel(*on(backend.device, *args[:4]), *args[4:]))
 
 
 def test_divergence_has_a_direction() -> None:
