@@ -3,99 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from benchmarks.micro.entry import Entry, Inputs, Make, shape_name
+from benchmarks.micro.products import PRODUCTS
 from emr_kernels import ops
 
-FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
+__all__ = ["ENTRIES", "Entry", "Inputs", "Make"]
+
 EPSILON = 8 / 255
 BN_EPSILON = 1e-5
-
-
-@dataclass(frozen=True)
-class Make:
-    """Draws tensors of one dtype and memory format on one device."""
-
-    device: torch.device
-    dtype: torch.dtype
-    layout: str
-    generator: torch.Generator
-
-    def normal(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
-        values = torch.randn(shape, generator=self.generator, device=self.device).to(dtype or self.dtype)
-        return self._ordered(values)
-
-    def uniform(self, *shape: int, low: float = 0.0, high: float = 1.0, dtype: torch.dtype | None = None) -> Any:
-        values = torch.rand(shape, generator=self.generator, device=self.device) * (high - low) + low
-        return self._ordered(values.to(dtype or self.dtype))
-
-    def integers(self, high: int, *shape: int) -> torch.Tensor:
-        return torch.randint(high, shape, generator=self.generator, device=self.device)
-
-    def _ordered(self, values: torch.Tensor) -> torch.Tensor:
-        return values.contiguous(memory_format=FORMATS[self.layout]) if values.dim() == 4 else values
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """One set of arguments.
-
-    Attributes:
-        arguments: of the raw operator, in its schema's order.
-        eager: of the formula in eager PyTorch.
-        on: the tensor by whose size a backend is chosen.
-    """
-
-    arguments: tuple[Any, ...]
-    eager: tuple[Any, ...]
-    on: torch.Tensor
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One operator at one size.
-
-    Attributes:
-        operator: its name without the namespace.
-        case: what is special here, such as a norm; may be empty.
-        shape: for the reader.
-        make: draws one set of arguments.
-        eager: the formula in eager PyTorch; gives the operator's results, or the first few of them.
-        outputs: the operator's results from what it returned and its arguments, in a form that can be compared.
-        layouts: memory formats to measure.
-        size: 0 small, 1 medium, 2 large, 3 larger than the cache of a GPU.
-        dtypes: to measure.
-        matmul: (m, k, n) of the product that bounds it, None where memory does.
-        deviation: where results cannot equal the reference's: how far they are from right, 1 what is allowed.
-    """
-
-    operator: str
-    case: str
-    shape: str
-    make: Callable[[Make], Inputs]
-    eager: Callable[..., Any]
-    outputs: Callable[[Any, tuple[Any, ...]], tuple[torch.Tensor, ...]] = field(
-        default=lambda result, _: result if isinstance(result, tuple) else (result,)
-    )
-    layouts: tuple[str, ...] = ("nchw",)
-    size: int = 1
-    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
-    matmul: tuple[int, int, int] | None = None
-    deviation: Callable[[tuple[torch.Tensor, ...], Inputs], float] | None = None
-
-    @property
-    def name(self) -> str:
-        """Operator, case and shape."""
-        return "-".join(part for part in (self.operator, self.case, self.shape) if part)
-
-
-def _shape_name(*sizes: int) -> str:
-    return "x".join(map(str, sizes))
 
 
 # Hidden activations of wide residual networks.
@@ -146,7 +66,7 @@ def _affine_relu(shape: tuple[int, ...], size: int, with_skip: bool) -> Entry:
         return out, ops.unpack_bits(bits, out.shape, ops.dense_format(out))
 
     case = "skip" if with_skip else ""
-    return Entry("affine_relu_out", case, _shape_name(*shape), make, _eager_affine_relu, outputs, _BOTH, size)
+    return Entry("affine_relu_out", case, shape_name(*shape), make, _eager_affine_relu, outputs, _BOTH, size)
 
 
 def _affine_relu_vjp(shape: tuple[int, ...], size: int, with_skip: bool) -> Entry:
@@ -160,7 +80,7 @@ def _affine_relu_vjp(shape: tuple[int, ...], size: int, with_skip: bool) -> Entr
         return (arguments[-1],)
 
     case = "skip" if with_skip else ""
-    return Entry("affine_relu_vjp_out", case, _shape_name(*shape), make, _eager_vjp, outputs, _BOTH, size)
+    return Entry("affine_relu_vjp_out", case, shape_name(*shape), make, _eager_vjp, outputs, _BOTH, size)
 
 
 def _affine_relu_jvp(shape: tuple[int, ...], size: int) -> Entry:
@@ -172,7 +92,7 @@ def _affine_relu_jvp(shape: tuple[int, ...], size: int) -> Entry:
     def outputs(result: Any, arguments: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:
         return arguments[-1], result
 
-    return Entry("affine_relu_jvp_out", "", _shape_name(*shape), make, _eager_jvp, outputs, _BOTH, size)
+    return Entry("affine_relu_jvp_out", "", shape_name(*shape), make, _eager_jvp, outputs, _BOTH, size)
 
 
 def _pack_bits(numel: int, size: int) -> Entry:
@@ -239,7 +159,7 @@ def _pgd_step(shape: tuple[int, ...], size: int, norm: str) -> Entry:
         return (arguments[-1],)
 
     eager = {"linf": _eager_linf, "l2": _eager_l2}[norm]
-    return Entry("pgd_step_out", norm, _shape_name(*shape), make, eager, outputs, size=size)
+    return Entry("pgd_step_out", norm, shape_name(*shape), make, eager, outputs, size=size)
 
 
 def _pgd_start(shape: tuple[int, ...], size: int) -> Entry:
@@ -262,7 +182,7 @@ def _pgd_start(shape: tuple[int, ...], size: int) -> Entry:
         allowed = 5 / math.sqrt(inside.numel()) + rounding
         return max(abs(float(inside.mean())), abs(float(inside.square().mean()) - 1 / 3)) / allowed
 
-    return Entry("pgd_start", "linf", _shape_name(*shape), make, eager, size=size, deviation=deviation)
+    return Entry("pgd_start", "linf", shape_name(*shape), make, eager, size=size, deviation=deviation)
 
 
 def _eager_seeds(logits: torch.Tensor, y: torch.Tensor, kind: str, temperature: float) -> tuple[torch.Tensor, ...]:
@@ -286,7 +206,7 @@ def _logit_seeds(shape: tuple[int, int], size: int, kind: str) -> Entry:
         logits, y = make.normal(*shape), make.integers(shape[1], shape[0])
         return Inputs((logits, y, None, kind, 4.0, False), (logits, y, kind, 4.0), logits)
 
-    return Entry("logit_seeds", kind, _shape_name(*shape), make, _eager_seeds, size=size)
+    return Entry("logit_seeds", kind, shape_name(*shape), make, _eager_seeds, size=size)
 
 
 def _eager_trades(
@@ -307,7 +227,7 @@ def _robust_losses(shape: tuple[int, int], size: int) -> Entry:
         arguments = (adversarial, clean, y, None, "trades", 6.0, 0.0, False, 0.0, 0.0)
         return Inputs(arguments, (adversarial, clean, y, 6.0), adversarial)
 
-    return Entry("robust_losses", "trades", _shape_name(*shape), make, _eager_trades, size=size)
+    return Entry("robust_losses", "trades", shape_name(*shape), make, _eager_trades, size=size)
 
 
 # CIFAR and ImageNet batches, and their logits.
@@ -324,4 +244,5 @@ ENTRIES: tuple[Entry, ...] = (
     *(_pgd_start(*picture) for picture in _PICTURES),
     *(_logit_seeds(*rows, kind) for kind in ("softmax", "ce") for rows in _LOGITS),
     *(_robust_losses(*rows) for rows in _LOGITS),
+    *PRODUCTS,
 )

@@ -60,7 +60,18 @@ struct Active {
   int64_t count;
 
   // Place of the first unit from `unit` on.
-  int64_t from(int64_t unit) const { return std::lower_bound(units, units + count, unit) - units; }
+  int64_t from(int64_t unit) const {
+    return unit == 0 ? 0 : std::lower_bound(units, units + std::min(unit, count), unit) - units;
+  }
+
+  // How many units there are before `unit`, from a place on; for a near one.
+  int64_t before(int64_t unit, int64_t place) const {
+    int64_t end = place;
+    while (end < count && units[end] < unit) {
+      ++end;
+    }
+    return end - place;
+  }
 };
 
 // The lists of up to `most` samples of `units` units at a time; and of a base, where that makes the lists shorter.

@@ -197,7 +197,7 @@ class Chain {
       const int64_t row = piece.sample * t.rows + piece.row;
       if (l + 1 < t.links.size()) {
         const Active<A>& next = c.active[l + 1][piece.sample];
-        const int64_t i = next.from(column), count = next.from(column + width) - i;
+        const int64_t i = next.from(column), count = next.before(column + width, i);
         const A* const factors = next.factors == nullptr ? nullptr : next.factors + i;
         k.pick(sums, piece.rows, next.units + i, factors, count, column, c.values_of(l + 1, piece) + i * piece.rows);
       } else if (t.out != nullptr) {
