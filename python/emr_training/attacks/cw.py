@@ -123,17 +123,19 @@ class _Runs:
         value = value.to(wide.dtype)
         success = self.problem.judged(logits) & (value >= kappa)
         nearer = success & ((wide - self.x).flatten(1).square().sum(1) < self.nearest)
-        better = nearer.nonzero().squeeze(1)
+        better, refuted = nearer.nonzero().squeeze(1), nearer
         if better.numel():
             better = better[self.problem.subset(better).fooled(point[better], logits[better])]
             self.nearest[better] = (wide[better] - self.x[better]).flatten(1).square().sum(1)
+            refuted = nearer.index_fill(0, better, False)
         # What would not be better needs no confirmation: another success stands already.
         self.hit |= success & ~nearer
         self.hit[better] = True
         # Measured from the shrunk image, so that the first step has a gradient of misclassification alone.
         change = wide - (1 + self.origin.tanh()) / 2
         short = kappa - value
-        pull = torch.where(short > 0, self.c, 0)
+        # On towards the other class, too, where the search alone takes the point for a success.
+        pull = torch.where((short > 0) | refuted, self.c, 0)
         self.slope = (2 * change - per_row(pull, change) * slope) * (1 - tanh.square()) / 2
         return better, point, change.flatten(1).square().sum(1) + self.c * short.clamp_min(0)
 
