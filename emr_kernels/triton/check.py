@@ -4,7 +4,7 @@ Each file of kernels has a function `examples()`, which calls the file's launche
 recorded, specialised as Triton would specialise them, and compiled to machine code for sm_80, sm_90 and sm_100 with
 the assembler inside Triton. The check prints what each kernel needs, and fails if one does not compile, spills
 registers, needs more shared memory than an SM has, or is in no example. Kernels are the `@triton.jit` functions whose
-names end in `_kernel`. Of an autotuned kernel every configuration is compiled: keep examples and configurations few.
+names end in `_kernel`. Of an autotuned kernel every configuration that pruning leaves is compiled: keep them few.
 """
 
 from __future__ import annotations
@@ -137,7 +137,9 @@ def _specialisations(launch: common.Launch) -> Iterator[Specialisation]:
     if not isinstance(kernel, Autotuner):
         yield _specialise(kernel, launch.arguments, launch.keywords)
         return
-    for config in kernel.configs:
+    named = dict(zip(kernel.arg_names, launch.arguments, strict=False))
+    prune = kernel.early_config_prune
+    for config in prune(kernel.configs, named, **launch.keywords) if prune else kernel.configs:
         chosen = {"num_warps": config.num_warps, "num_stages": config.num_stages, **config.kwargs}
         yield _specialise(kernel.fn, launch.arguments, {**launch.keywords, **chosen})
 

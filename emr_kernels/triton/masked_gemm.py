@@ -92,8 +92,12 @@ def _config(m: int, n: int, k: int, warps: int) -> triton.Config:
     return triton.Config({"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k}, num_warps=warps, num_stages=3)
 
 
-_CONFIGS = [_config(64, 64, 32, 4), _config(128, 64, 32, 8), _config(128, 128, 32, 8)]
-_NORM_CONFIGS = [_config(64, _NORM_COLUMNS, 32, 4), _config(128, _NORM_COLUMNS, 32, 8)]
+_CONFIGS = [_config(64, 64, 32, 8), _config(64, 64, 32, 4), _config(128, 64, 32, 8), _config(128, 128, 32, 8)]
+_NORM_CONFIGS = [
+    _config(64, _NORM_COLUMNS, 32, 8),
+    _config(64, _NORM_COLUMNS, 32, 4),
+    _config(128, _NORM_COLUMNS, 32, 8),
+]
 _KEY = ["size_bits", "units", "columns", "PRECISION"]
 
 
@@ -104,7 +108,8 @@ def _worthwhile(configs: list[triton.Config], arguments: dict[str, Any], **const
 
     def fits(config: triton.Config) -> bool:
         m, n = config.kwargs["BLOCK_M"], config.kwargs["BLOCK_N"]
-        return m < 2 * rows and n < 2 * columns and (m * n <= 8192 or precision != "ieee")
+        in_registers = precision != "ieee" or (m * n <= 8192 and config.num_warps == 8)
+        return m < 2 * rows and n < 2 * columns and in_registers
 
     return [config for config in configs if fits(config)] or configs[:1]
 
