@@ -8,7 +8,7 @@ SOURCES := $(shell find csrc -type f) emr_kernels/_build.py emr_kernels/_nvcc.py
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DELETE_ON_ERROR:
-.PHONY: demo test lint format typecheck triton-check cuda-check gpu-check bench-micro clean
+.PHONY: demo test test-independent lint format typecheck triton-check cuda-check gpu-check bench-micro clean
 
 # The demo's nets are so small that a second thread costs more than it gives.
 demo: export OMP_NUM_THREADS ?= 1
@@ -17,6 +17,12 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest
+
+# The attacks against independent implementations, which pip 25.1 and later finds in pyproject.toml.
+test-independent: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet "pip>=25.1"
+	$(BIN)/python -m pip install --quiet --no-deps --group attacks-reference
+	$(BIN)/python -m pytest tests/training/test_independent.py
 
 # Needs nvcc, but neither a GPU nor a CUDA build of torch; says so where it skips.
 cuda-check: $(VENV)/installed
