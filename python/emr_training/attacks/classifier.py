@@ -14,6 +14,7 @@ from emr_kernels.linearize.cache import find_program
 from emr_kernels.linearize.program import Program
 from emr_kernels.linearize.sharing import hooked
 from emr_kernels.linearize.wrappers import unwrap
+from emr_training.attacks.incremental import Incremental
 
 Model = Callable[[Tensor], Tensor]
 Engine = Literal["auto", "autograd"]
@@ -87,9 +88,10 @@ class Classifier:
 
     def is_plain(self, device: torch.device) -> bool:
         """Whether a search sees the numbers of the model itself, called without autocast."""
-        return self.reason is not None and not self._autocasts(device)
+        return self.reason is not None and not self.autocasts(device)
 
-    def _autocasts(self, device: torch.device) -> bool:
+    def autocasts(self, device: torch.device) -> bool:
+        """Whether the search runs in another precision than the model's own."""
         if self._precision == "ambient":
             return torch.is_autocast_enabled(device.type)
         return self._precision != "float32"
@@ -107,7 +109,7 @@ class Classifier:
         """The linearized model for batches like x (of two or more images)."""
         if self.reason is not None:
             return None
-        autocast = self._autocasts(x.device)
+        autocast = self.autocasts(x.device)
         if autocast not in self._programs:
             assert isinstance(self.model, nn.Module)
             try:
@@ -119,6 +121,19 @@ class Classifier:
         program = self._programs[autocast]
         # A program for one batch size would be exported again whenever an image drops out.
         return program if program is not None and program.graph.serves(x.shape[0]) else None
+
+    def incremental(self, x: Tensor) -> Incremental | None:
+        """The model for changes to windows of batches like x; None where it has no such form, or none that pays.
+
+        Its logits are not the model's own to the last bit: a success is to be confirmed.
+        """
+        if x.device.type != "cpu" or x.dim() != 4 or x.shape[0] < 2 or self.autocasts(x.device):
+            return None
+        program = self._program(x)
+        if program is None:
+            return None
+        with torch.no_grad():
+            return Incremental.of(program, unwrap(self.model), x.shape[0])  # type: ignore[arg-type]
 
     def linearized(self, x: Tensor) -> At:
         """Logits at x [N, ...], and vjps there.

@@ -100,7 +100,7 @@ class FAB(Attack):
             at = problem.linearized(point)
             gap, w = self._boundary(problem, at, goal)
             point = self._stepped(problem.x, point, gap, w)
-            fooled = problem.fooled(point, problem.logits(point))
+            _, fooled = problem.asked(point)
             if not bool(fooled.any()):
                 continue
             found.note(rows, point, distance(self.norm, point, problem.x), fooled)

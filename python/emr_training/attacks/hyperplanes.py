@@ -40,16 +40,20 @@ def _together(slope: Tensor, room: Tensor, needed: Tensor, rate: Tensor) -> Tens
     t = torch.zeros_like(needed)
     moved = torch.zeros_like(room)
     for _ in range(room.shape[1] + 1):
-        steepness = torch.where(moved < room, reach, 0.0).sum(1)
-        missing = needed - (slope * moved).sum(1)
-        step = torch.where((steepness > 0) & (missing > 0), missing / steepness, 0.0)
-        ahead = t + step
+        steepness = _inner(reach, (moved < room).to(room.dtype))
+        missing = needed - _inner(slope, moved)
+        ahead = torch.where((steepness > 0) & (missing > 0), t + missing / steepness, t)
         if not bool((ahead > t).any()):
             break
         t = ahead
         moved = torch.minimum(t[:, None] * rate, room)
-    within = (slope * room).sum(1) > needed
+    within = _inner(slope, room) > needed
     return torch.where(within[:, None], moved, room)
+
+
+def _inner(a: Tensor, b: Tensor) -> Tensor:
+    """Row by row, [M, D] and [M, D] to [M]."""
+    return torch.linalg.vecdot(a, b)
 
 
 def _by_slope(slope: Tensor, room: Tensor, needed: Tensor) -> Tensor:

@@ -93,3 +93,10 @@ class Problem:
         if rows.numel():
             success[rows] = self.subset(rows).judged(self.classifier.plain_logits(x_adv[rows]))
         return success
+
+    def asked(self, x_adv: Tensor) -> tuple[Tensor, Tensor]:
+        """The search's logits [N, C], and which rows of x_adv succeed, [N]; see `fooled`."""
+        logits = self.logits(x_adv)
+        # They are the model's own, called by itself: only another precision leaves something to confirm.
+        confirm = self.classifier.autocasts(x_adv.device)
+        return logits, self.fooled(x_adv, logits) if confirm else self.judged(logits)

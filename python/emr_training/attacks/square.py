@@ -11,7 +11,8 @@ from torch import Tensor
 
 from emr_training.attacks.base import BoundedAttack, check_choice
 from emr_training.attacks.classifier import Model
-from emr_training.attacks.losses import LOSSES
+from emr_training.attacks.incremental import Incremental
+from emr_training.attacks.losses import LOSSES, Loss
 from emr_training.attacks.noise import Noise
 from emr_training.attacks.problem import Problem
 from emr_training.attacks.windows import Bumps, Corners, Proposals
@@ -22,6 +23,8 @@ HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 #: Random numbers are drawn for so many iterations at once.
 _BLOCK = 50
 _STREAMS_OF_A_RESTART = 2**32
+#: From so many queries on it pays to look at how the model is built.
+_MANY = 200
 
 
 class SquareResult(NamedTuple):
@@ -38,7 +41,8 @@ class Square(BoundedAttack):
 
     Each iteration changes one window of each image and keeps the change if the loss rises. Every image has windows of
     its own, so that its result does not depend on the batch (AutoAttack's code draws one window for all). A proposal
-    that changes nothing is not put to the model, as the answer is known.
+    that changes nothing is not put to the model, as the answer is known. On the CPU the first layers of a convolutional
+    network are computed only where a small window can be seen.
 
     queries: iterations, after one query for the start.
     p: the part of the image that the first windows cover; halved after 10, 50, 200, 500, 1000, 2000, 4000, 6000 and
@@ -106,19 +110,16 @@ class Square(BoundedAttack):
             raise ValueError(f"x has shape {list(shape)}; expected images [N, C, H, W], [N, H, W] or vectors [N, D]")
         kind = Corners if self.norm == "Linf" else Bumps
         proposals: Proposals = kind(self.ball, images, noise, stream)
-        value = torch.full_like(rows, -torch.inf, dtype=problem.x.dtype)
-        candidate, changed = proposals.point, torch.ones_like(rows, dtype=torch.bool)
+        asked = _Asked(problem, proposals, LOSSES[self.loss], self.queries >= _MANY)
         for iteration in range(self.queries + 1):
-            if iteration > 0:
+            if iteration == 0:
+                fooled, changed = asked.start()
+            else:
                 place = (iteration - 1) % _BLOCK
                 if place == 0:
                     block = 1 + (iteration - 1) // _BLOCK
                     bits = noise.bits(stream + block, _BLOCK * proposals.width).view(-1, _BLOCK, proposals.width)
-                side = proposals.side(self.part(iteration - 1))
-                candidate, changed = proposals.propose(bits[:, place], side)
-            better, fooled, value = self._asked(problem, candidate, changed, value)
-            if iteration > 0:
-                proposals.settle(better)
+                fooled, changed = asked.proposal(bits[:, place], proposals.side(self.part(iteration - 1)))
             found.queries[rows] += changed
             hit = fooled.nonzero().squeeze(1)
             if hit.numel():
@@ -127,32 +128,88 @@ class Square(BoundedAttack):
                 stays = (~fooled).nonzero().squeeze(1)
                 if stays.numel() == 0:
                     return
-                rows, value, noise, problem = rows[stays], value[stays], noise.subset(stays), problem.subset(stays)
-                proposals.keep(stays)
+                rows, noise = rows[stays], noise.subset(stays)
+                asked.keep(stays)
                 if iteration > 0:
                     bits = bits[stays]
 
-    def _asked(
-        self, problem: Problem, candidate: Tensor, changed: Tensor, value: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Which candidates are to be kept [n], which succeed [n], and the greatest loss so far [n]."""
+
+class _Asked:
+    """What the model says of the points and proposals of n images: their greatest loss so far, which to keep.
+
+    Where the model begins with layers that see neighbourhoods alone, and windows have become small, only what a window
+    touches is computed.
+    """
+
+    def __init__(self, problem: Problem, proposals: Proposals, loss: Loss, look_inside: bool) -> None:
+        self.problem, self.proposals, self._loss = problem, proposals, loss
+        self.value = torch.full((len(problem),), -torch.inf, dtype=problem.x.dtype, device=problem.x.device)
+        self._inside: Incremental | None = None
+        self._look_inside = look_inside and isinstance(proposals, Corners)
+        self._holds = False
+
+    def start(self) -> tuple[Tensor, Tensor]:
+        """Put the starting points to the model: which rows succeed [n], and which were asked [n]."""
+        every = torch.ones_like(self.problem.y, dtype=torch.bool)
+        _, fooled = self._answer(self.proposals.point, every)
+        return fooled, every
+
+    def proposal(self, bits: Tensor, side: int) -> tuple[Tensor, Tensor]:
+        """Propose, put to the model what differs, and settle; see `start`."""
+        if self._look_inside and not self._holds:
+            self._hold(side)
+        candidate, changed = self.proposals.propose(bits, side)
+        better, fooled = self._answer(candidate, changed)
+        self.proposals.settle(better)
+        if self._inside is not None and self._holds and bool(changed.any()):
+            self._inside.settle(better[changed])
+        return fooled, changed
+
+    def keep(self, stays: Tensor) -> None:
+        """Drop all images but these (indices)."""
+        self.problem, self.value = self.problem.subset(stays), self.value[stays]
+        self.proposals.keep(stays)
+        if self._inside is not None and self._holds:
+            self._inside.keep(stays)
+
+    def _hold(self, side: int) -> None:
+        """Look inside the model as soon as a window of this size is small enough."""
+        if self._inside is None:
+            self._inside = self.problem.classifier.incremental(self.problem.x)
+            self._look_inside = self._inside is not None
+        if self._inside is not None and self._inside.pays(side, side):
+            self._inside.begin(self.proposals.point)
+            self.problem.classifier.forwards += len(self.problem)
+            self._holds = True
+
+    def _answer(self, candidate: Tensor, changed: Tensor) -> tuple[Tensor, Tensor]:
         rows = changed.nonzero().squeeze(1)
-        fooled = torch.zeros_like(changed)
-        better, best = fooled.clone(), value.clone()
+        better, fooled = torch.zeros_like(changed), torch.zeros_like(changed)
         if rows.numel() == 0:
-            return better, fooled, best
+            return better, fooled
+        problem = self.problem
         if rows.numel() < len(problem):
             problem, candidate = problem.subset(rows), candidate[rows]
         point = candidate.view_as(problem.x)
         if problem.x.dim() == 4 and not problem.x.is_contiguous():
             point = point.contiguous(memory_format=torch.channels_last)
-        logits = problem.logits(point)
-        present, _ = LOSSES[self.loss](logits, problem.y, problem.target)
-        present = present.to(value.dtype)
-        fooled[rows] = problem.fooled(point, logits)
-        better[rows] = (present > value[rows]) | fooled[rows]
-        best[rows] = torch.maximum(value[rows], present.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf))
-        return better, fooled, best
+        if self._holds:
+            logits = self._inside_logits(rows)
+            fooled[rows] = problem.fooled(point, logits)
+        else:
+            logits, fooled[rows] = problem.asked(point)
+        value, _ = self._loss(logits, problem.y, problem.target)
+        value = value.to(self.value.dtype)
+        better[rows] = (value > self.value[rows]) | fooled[rows]
+        value = value.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+        self.value[rows] = torch.maximum(self.value[rows], value)
+        return better, fooled
+
+    def _inside_logits(self, rows: Tensor) -> Tensor:
+        assert self._inside is not None and isinstance(self.proposals, Corners)
+        self.problem.classifier.forwards += len(rows)
+        with torch.no_grad():
+            return self._inside.change(rows, *self.proposals.window(rows))
 
 
 @dataclass(frozen=True)

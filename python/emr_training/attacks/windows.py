@@ -54,14 +54,17 @@ class Proposals(ABC):
         """Drop all images but these (indices)."""
         self.x, self.point = self.x[stays], self.point[stays]
 
-    def _window(self, row: Tensor, column: Tensor, side: int) -> Tensor:
-        """Where the pixels of each image's window are in a flat channel: [n, C, pixels], from random int64 [n] each."""
+    def _corner(self, row: Tensor, column: Tensor, side: int) -> tuple[Tensor, Tensor, int, int]:
+        """Top and left of each image's window, [n] each, from random int64 [n] each; its height and width."""
         height, width = min(side, self.height), min(side, self.columns)
-        down = torch.arange(height, device=row.device)[:, None]
-        across = torch.arange(width, device=row.device)
-        top = _remainder(row, self.height - height + 1)[:, None, None] + down
-        left = _remainder(column, self.columns - width + 1)[:, None, None] + across
-        return (top * self.columns + left).flatten(1)[:, None].expand(-1, self.channels, -1)
+        top, left = _remainder(row, self.height - height + 1), _remainder(column, self.columns - width + 1)
+        return top, left, height, width
+
+    def _pixels(self, top: Tensor, left: Tensor, height: int, width: int) -> Tensor:
+        """Where the pixels of each image's window are in a flat channel: [n, C, pixels]."""
+        down = torch.arange(height, device=top.device)[:, None] * self.columns
+        inside = (down + torch.arange(width, device=top.device)).flatten()
+        return ((top * self.columns + left)[:, None] + inside)[:, None].expand(-1, self.channels, -1)
 
 
 class Corners(Proposals):
@@ -83,7 +86,8 @@ class Corners(Proposals):
 
     def propose(self, bits: Tensor, side: int) -> tuple[Tensor, Tensor]:
         # Written into the points themselves and taken back where it does not pay: the windows are small.
-        self._place = self._window(bits[:, 0], bits[:, 1], side)
+        self.corner = self._corner(bits[:, 0], bits[:, 1], side)
+        self._place = self._pixels(*self.corner)
         flat = self.point.flatten(2)
         self._old = flat.gather(2, self._place)
         up = (bits[:, 2:] < 0)[:, :, None]
@@ -91,6 +95,11 @@ class Corners(Proposals):
         self._new = torch.where(up, high, low)
         flat.scatter_(2, self._place, self._new)
         return self.point, (self._new != self._old).flatten(1).any(1)
+
+    def window(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Top [m], left [m] and pixels [m, C, h, w] of the last windows of the images `rows` [m]."""
+        top, left, height, width = self.corner
+        return top[rows], left[rows], self._new[rows].view(len(rows), self.channels, height, width)
 
     def settle(self, accepted: Tensor) -> None:
         self.point.flatten(2).scatter_(2, self._place, torch.where(accepted[:, None, None], self._new, self._old))
@@ -168,7 +177,7 @@ class Bumps(Proposals):
         return min(side + (side + 1) % 2, self.height, self.columns)
 
     def propose(self, bits: Tensor, side: int) -> tuple[Tensor, Tensor]:
-        target, source = (self._window(bits[:, i], bits[:, i + 1], side) for i in (0, 2))
+        target, source = (self._pixels(*self._corner(bits[:, i], bits[:, i + 1], side)) for i in (0, 2))
         delta = (self.point - self.x).flatten(2)
         rest = delta.scatter(2, source, 0.0).scatter_(2, target, 0.0)
         epsilon, order = self.ball.epsilon, self._order
