@@ -1,6 +1,12 @@
 """Effective Margin Regularization for any PyTorch classifier, exact and without double backward."""
 
-from emr_kernels._extension import package_version
+try:
+    from emr_kernels._extension import package_version
+except ModuleNotFoundError as error:
+    if error.name != "torch":
+        raise
+    message = "emr_kernels needs PyTorch 2.11 or later, and there is none here: pip install torch"
+    raise ModuleNotFoundError(message, name="torch") from None
 from emr_kernels.info import info
 from emr_kernels.linearize import UnsupportedModelError, linearize
 from emr_kernels.loss import EMRLoss

@@ -78,6 +78,11 @@ def _load_cuda(path: Path) -> None:
             cuda_library, cuda_reason = path, None
 
 
+def _toolchain() -> _build.Toolchain:
+    """For the torch that is imported."""
+    return _build.find_toolchain((Path(torch.__file__).parent, torch.__version__))
+
+
 def _cache_folder(tools: _build.Toolchain) -> Path:
     root = os.environ.get("EMR_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "emr_kernels"
     digest = hashlib.sha256(repr((tools, sys.implementation.cache_tag, package_version())).encode())
@@ -115,7 +120,7 @@ def build_on_first_use() -> None:
     global pending, reason, cuda_reason
     pending = False
     try:
-        tools = _build.find_toolchain((Path(torch.__file__).parent, torch.__version__))
+        tools = _toolchain()
         folder = _cache_folder(tools)
         path = folder / _build.OPS_LIBRARY
         folder.mkdir(parents=True, exist_ok=True)
@@ -130,8 +135,24 @@ def build_on_first_use() -> None:
         _load(path)
     except (_build.BuildError, OSError) as error:
         reason = cuda_reason = f"not built on first use: {error}"
-        print(f"emr_kernels: {reason}; the plain PyTorch operators serve", file=sys.stderr, flush=True)
+        others = "Triton serves on a GPU, plain PyTorch elsewhere" if torch.version.cuda else "plain PyTorch serves"
+        print(f"emr_kernels: {reason}; {others}", file=sys.stderr, flush=True)
     require_forced()
+
+
+def load_built() -> None:
+    """Load what an earlier first use built, if anything; builds nothing. Without tools to build `reason` says so."""
+    global pending, reason, cuda_reason
+    if not pending:
+        return
+    try:
+        folder = _cache_folder(_toolchain())
+    except _build.BuildError as error:
+        reason = cuda_reason = f"not built ahead, and cannot be on first use: {error}"
+        return
+    if (folder / "complete").exists():
+        pending = False
+        _load(folder / _build.OPS_LIBRARY)
 
 
 def prepare() -> None:

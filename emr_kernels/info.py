@@ -152,7 +152,8 @@ def _kernels() -> tuple[KernelInfo, ...]:
 
 
 def info() -> Info:
-    """Versions, build, devices, and which backend serves which operator and why. Builds and changes nothing."""
+    """Versions, build, devices, and which backend serves which operator and why. Builds nothing."""
+    _extension.load_built()
     facts = _extension.facts_module()
     types = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
     return Info(

@@ -12,6 +12,8 @@ stand behind it under the same signature:
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -138,6 +140,9 @@ def _triton_kernel(operator: Operator) -> Callable[..., Any]:
         raise BackendUnavailableError(f"Triton cannot be imported: {error}") from None
     if operator.name not in launchers:
         raise BackendUnavailableError("no Triton kernel")
+    # As Triton looks for one, for each kernel's launcher.
+    if torch.cuda.is_available() and not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        raise BackendUnavailableError("Triton needs a C compiler, and there is none (looked for $CC, gcc and clang)")
     return launchers[operator.name]
 
 
