@@ -269,7 +269,7 @@ def _write_report(tools: Toolchain, sources: Path, work: Path, output: Path) -> 
     if tools.nvcc is None:
         (output / CUDA_LIBRARY).unlink(missing_ok=True)
     else:
-        logs = ((file.name, (work / f"{_object(file)}.log").read_text()) for file in _cuda_sources(sources))
+        logs = ((file, (work / f"{_object(file)}.log").read_text()) for file in _cuda_sources(sources))
         report["nvcc"] = tools.nvcc.version
         report["architectures"] = list(tools.nvcc.architectures)
         report["kernels"] = _nvcc.kernel_reports(logs)

@@ -150,31 +150,48 @@ def parse_architectures(listed: str | None, version: str, known: set[str]) -> tu
     return tuple(result)
 
 
-def kernel_reports(logs: Iterable[tuple[str, str]]) -> list[dict[str, Any]]:
+def launch_bounds(source: Path) -> dict[str, int]:
+    """The threads of a block that each kernel of a source is declared for, as `__launch_bounds__` says.
+
+    A constant is looked up in the source, then in the headers of its folder.
+    """
+    text = source.read_text()
+    headers = "\n".join(file.read_text() for file in sorted(source.parent.iterdir()) if file.suffix in (".h", ".cuh"))
+    # The last entry of a name stays: the source's own.
+    constants = dict(re.findall(r"constexpr int (\w+) = (\d+);", f"{headers}\n{text}"))
+    declared = re.findall(r"__launch_bounds__\((\w+)[^)]*\)\s+(\w+)\(", text)
+    return {kernel: int(value) for bound, kernel in declared if (value := constants.get(bound, bound)).isdigit()}
+
+
+def kernel_reports(logs: Iterable[tuple[Path, str]]) -> list[dict[str, Any]]:
     """What `ptxas -v` said of each kernel.
 
     Args:
-        logs: for each source, its name and the compiler's output.
+        logs: for each source, its path and the compiler's output.
 
     Returns:
-        For each kernel and architecture: kernel, source, architecture ("9.0"), registers of a thread; and in bytes
-        shared memory of a block, stack, spill_stores and spill_loads of a thread.
+        For each kernel and architecture: kernel, source, architecture ("9.0"), registers of a thread, threads of a
+        block (None where the source does not tell); and in bytes shared memory of a block, stack, spill_stores and
+        spill_loads of a thread.
     """
     reports = []
     for source, text in logs:
+        bounds = launch_bounds(source)
         for block in re.split(r"Compiling entry function ", text)[1:]:
             head = re.match(r"'(\w+)' for 'sm_(\w+)'", block)
             frame = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", block)
             registers = re.search(r"Used (\d+) registers", block)
             shared = re.search(r"(\d+) bytes smem", block)
             if head is None or frame is None or registers is None:
-                raise BuildError(f"{source}: ptxas reports in an unknown way: {block[:300]}")
-            name, number = head.groups()
+                raise BuildError(f"{source.name}: ptxas reports in an unknown way: {block[:300]}")
+            mangled, number = head.groups()
+            name = _readable(mangled)
             digits = number.rstrip("af")
             reports.append(
                 {
-                    "kernel": _readable(name),
-                    "source": source,
+                    "kernel": name,
+                    "source": source.name,
+                    "threads": bounds.get(re.split(r"[<(]", name)[0].rpartition("::")[2]),
                     "architecture": f"{digits[:-1]}.{digits[-1]}{number[len(digits) :]}",
                     "registers": int(registers.group(1)),
                     "shared": int(shared.group(1)) if shared else 0,

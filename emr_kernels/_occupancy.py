@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-#: Threads of a block: what the CUDA kernels are declared for (csrc/cuda/lanes.h).
-THREADS = 256
-
 _WARP = 32
 _REGISTERS = 65536
 _REGISTER_UNIT = 256  # registers are handed out to a warp in such portions
@@ -34,7 +31,7 @@ _MULTIPROCESSORS = {
 }
 
 
-def occupancy(architecture: str, registers: int, shared: int, threads: int = THREADS) -> float | None:
+def occupancy(architecture: str, registers: int, shared: int, threads: int) -> float | None:
     """The share of a multiprocessor's warps that can be resident at a time.
 
     blocks = min(those that the limits on blocks and on threads allow,

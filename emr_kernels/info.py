@@ -30,14 +30,16 @@ class KernelInfo:
     Attributes:
         kernel: its name with template arguments.
         architecture: compute capability, "9.0".
+        threads: of a block, at most; None where the source does not tell.
         registers: of a thread.
         shared: bytes of static shared memory of a block.
         spilled: bytes of registers that a thread keeps in memory.
-        occupancy: theoretical, of blocks of 256 threads, between 0 and 1; None for an unlisted architecture.
+        occupancy: theoretical, of blocks of so many threads, between 0 and 1; None where it is unknown.
     """
 
     kernel: str
     architecture: str
+    threads: int | None
     registers: int
     shared: int
     spilled: int
@@ -118,14 +120,17 @@ class Info:
             share = "?" if entry.occupancy is None else f"{entry.occupancy:.0%}"
             spilled = f" +{entry.spilled}" if entry.spilled else ""
             cell = f"{entry.registers}{spilled} {entry.shared} {share}"
-            rows.setdefault(entry.kernel, {})[entry.architecture] = cell
+            rows.setdefault(f"{entry.kernel} {entry.threads or '?'}", {})[entry.architecture] = cell
         widths = {name: max(len(row.get(name, "")) for row in rows.values()) for name in architectures}
         first = max(map(len, rows))
         lines = [
             "  ".join([f"{kernel:<{first}}", *(f"{row.get(name, ''):>{widths[name]}}" for name in architectures)])
             for kernel, row in rows.items()
         ]
-        title = "CUDA kernels: registers (+ bytes spilled), bytes of shared memory, occupancy of blocks of 256 threads"
+        title = (
+            "CUDA kernels and threads of a block; for each architecture: registers (+ bytes spilled), "
+            "bytes of shared memory, theoretical occupancy"
+        )
         return ["", title, *lines]
 
 
@@ -138,17 +143,21 @@ def _devices() -> tuple[str, ...]:
 
 def _kernels() -> tuple[KernelInfo, ...]:
     report = {} if _extension.library is None else _build.read_report(_extension.library.parent)
-    return tuple(
-        KernelInfo(
-            kernel["kernel"],
-            kernel["architecture"],
-            kernel["registers"],
-            kernel["shared"],
-            kernel["spill_stores"],
-            _occupancy.occupancy(kernel["architecture"], kernel["registers"], kernel["shared"]),
+    entries = []
+    for kernel in report.get("kernels", ()):
+        needs = kernel["architecture"], kernel["registers"], kernel["shared"], kernel["threads"]
+        entries.append(
+            KernelInfo(
+                kernel["kernel"],
+                kernel["architecture"],
+                kernel["threads"],
+                kernel["registers"],
+                kernel["shared"],
+                kernel["spill_stores"],
+                None if kernel["threads"] is None else _occupancy.occupancy(*needs),
+            )
         )
-        for kernel in report.get("kernels", ())
-    )
+    return tuple(entries)
 
 
 def info() -> Info:

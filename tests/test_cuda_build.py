@@ -134,9 +134,22 @@ ptxas info    : Used 255 registers, used 0 barriers, 376 bytes cmem[0]
 """
 
 
-def test_report_of_ptxas() -> None:
-    first, second = _nvcc.kernel_reports([("sums.cu", LOG)])
-    assert first["kernel"].endswith(("sums_kernel<4>", "Pl", "PKfl"))
+SOURCE = """
+constexpr int kMost = 512;
+template <int n>
+__global__ void __launch_bounds__(kMost, 1) sums_kernel(const float* a) {}
+__global__ void __launch_bounds__(kThreads)
+    other(int) {}
+"""
+
+
+def test_report_of_ptxas(tmp_path: Path) -> None:
+    (tmp_path / "sums.cu").write_text(SOURCE)
+    (tmp_path / "lanes.h").write_text("inline constexpr int kThreads = 128;\nconstexpr int kMost = 3;\n")
+    first, second = _nvcc.kernel_reports([(tmp_path / "sums.cu", LOG)])
+    if first["kernel"] == "sums_kernel<4>":  # else there is nothing to demangle with
+        assert first["threads"] == 512
+    assert second["threads"] == 128
     assert (first["architecture"], first["registers"], first["shared"]) == ("9.0a", 23, 1024)
     assert (second["architecture"], second["registers"], second["shared"]) == ("10.0", 255, 0)
     assert (second["stack"], second["spill_stores"], second["spill_loads"]) == (48, 16, 32)
@@ -161,6 +174,7 @@ def test_compiles_and_links(compiled: Mapping[str, Any]) -> None:
     for architecture in ("8.0", "9.0", "10.0"):
         names = {k["kernel"] for k in compiled["kernels"] if k["architecture"] == architecture}
         assert any("pack_bits_kernel<true>" in name for name in names)
+    assert all(k["threads"] for k in compiled["kernels"])
     assert {k["source"] for k in compiled["kernels"]} == {f.name for f in (ROOT / "csrc" / "cuda").glob("*.cu")}
 
 

@@ -36,32 +36,32 @@ def test_info_agrees_with_what_is_loaded() -> None:
 
 def test_occupancy() -> None:
     # 32 registers: 2048 threads take all 65536. 40: 5 units of 256 a warp, 12 warps a partition, 48 of 64.
-    assert occupancy("9.0", 32, 0) == 1.0
-    assert occupancy("8.0", 40, 0) == 0.75
+    assert occupancy("9.0", 32, 0, 256) == 1.0
+    assert occupancy("8.0", 40, 0, 256) == 0.75
     # 100: 13 units a warp, 4 warps a partition, 2 blocks of 8 warps.
-    assert occupancy("9.0a", 100, 0) == 0.25
+    assert occupancy("9.0a", 100, 0, 256) == 0.25
     # 255: two warps a partition, one block.
-    assert occupancy("10.0", 255, 0) == 0.125
+    assert occupancy("10.0", 255, 0, 256) == 0.125
     # Four blocks of 40 KiB and the system's 1 KiB in 164 KiB; five in 228 KiB.
-    assert occupancy("8.0", 32, 40 << 10) == 0.5
-    assert occupancy("9.0", 32, 40 << 10) == 0.625
+    assert occupancy("8.0", 32, 40 << 10, 256) == 0.5
+    assert occupancy("9.0", 32, 40 << 10, 256) == 0.625
     # 1536 threads at most, 16 blocks at most.
-    assert occupancy("8.6", 40, 0) == 1.0
-    assert occupancy("8.6", 16, 0, threads=64) == 16 * 64 / 1536
-    assert occupancy("9.9", 32, 0) is None
+    assert occupancy("8.6", 40, 0, 256) == 1.0
+    assert occupancy("8.6", 16, 0, 64) == 16 * 64 / 1536
+    assert occupancy("9.9", 32, 0, 256) is None
 
 
 def test_table_of_kernels() -> None:
     kernels = (
-        KernelInfo("one_kernel<float>", "8.0", 40, 0, 0, 0.75),
-        KernelInfo("one_kernel<float>", "9.0", 32, 8192, 16, 1.0),
-        KernelInfo("other_kernel", "9.0", 255, 0, 0, None),
+        KernelInfo("one_kernel<float>", "8.0", 256, 40, 0, 0, 0.75),
+        KernelInfo("one_kernel<float>", "9.0", 256, 32, 8192, 16, 1.0),
+        KernelInfo("other_kernel", "9.0", None, 255, 0, 0, None),
     )
     lines = str(dataclasses.replace(info(), kernels=kernels)).splitlines()[-3:]
     assert [line.split() for line in lines] == [
         ["8.0", "9.0"],
-        ["one_kernel<float>", "40", "0", "75%", "32", "+16", "8192", "100%"],
-        ["other_kernel", "255", "0", "?"],
+        ["one_kernel<float>", "256", "40", "0", "75%", "32", "+16", "8192", "100%"],
+        ["other_kernel", "?", "255", "0", "?"],
     ]
 
 

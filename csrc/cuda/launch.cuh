@@ -1,8 +1,8 @@
 // What every CUDA kernel needs: device and stream, launch check, sizes of grids, 16-byte loads and stores, reductions.
 //
 // Kernels take 64-bit sizes, allocate nothing, and leave the stream unsynchronised, so they can be captured in a CUDA
-// graph. Blocks have kThreads threads at most: declare kernels `__global__ void __launch_bounds__(kThreads)`, which is
-// also what the build's report of occupancies assumes.
+// graph. Each is declared `__global__ void __launch_bounds__(...)` with a number or a `constexpr int`, which is where the
+// build's report on occupancies finds the threads of its blocks.
 #pragma once
 
 #include <cuda_runtime.h>
