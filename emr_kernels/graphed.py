@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -13,6 +13,7 @@ from emr_kernels.function import Request, passes
 from emr_kernels.linearize.program import Program
 
 Outcome = tuple[torch.Tensor | None, ...]
+Result = TypeVar("Result")
 #: Graphs kept at once; each holds the memory of one call.
 CAPACITY = 8
 _WARM_UPS = 3
@@ -125,13 +126,23 @@ def _capture(request: Request, x: torch.Tensor, wanted: tuple[bool, ...], wants_
         again = Request(request.program, list(values), request.options, static_y, request.factor)
         return passes(again, static_x, wanted, wants_x)
 
-    side = torch.cuda.Stream(x.device)
-    side.wait_stream(torch.cuda.current_stream(x.device))
+    graph, outcome = record(run, x.device)
+    return _Captured(request.program, graph, inputs, outcome)
+
+
+def record(run: Callable[[], Result], device: torch.device) -> tuple[torch.cuda.CUDAGraph, Result]:
+    """A CUDA graph of a call, after a few calls to warm up, and the tensors that a replay fills.
+
+    Raises:
+        RuntimeError: if the call does something that cannot be captured.
+    """
+    side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(side):
         for _ in range(_WARM_UPS):
             run()
-    torch.cuda.current_stream(x.device).wait_stream(side)
+    torch.cuda.current_stream(device).wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.device(x.device), torch.cuda.graph(graph):
-        outcome = run()
-    return _Captured(request.program, graph, inputs, outcome)
+    with torch.cuda.device(device), torch.cuda.graph(graph):
+        result = run()
+    return graph, result

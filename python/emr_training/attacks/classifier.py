@@ -59,7 +59,8 @@ class Classifier:
 
     With engine "auto" the model runs as a linearized program (forward, then one backward pass over sign bits, no
     autograd graph) where it can be one exactly; otherwise, and with "autograd", through autograd. A plain callable is
-    differentiated by autograd, too.
+    differentiated by autograd, too. With `freeze` what follows from parameters and buffers alone is computed once, so
+    they have to stay as they are.
 
     Attributes:
         forwards, backwards: images that were run so far.
@@ -68,7 +69,13 @@ class Classifier:
     """
 
     def __init__(
-        self, model: Model, engine: Engine = "auto", precision: Precision = "ambient", *, evaluation: bool = True
+        self,
+        model: Model,
+        engine: Engine = "auto",
+        precision: Precision = "ambient",
+        *,
+        evaluation: bool = True,
+        freeze: bool = True,
     ):
         self.model = model
         self.forwards = 0
@@ -76,7 +83,8 @@ class Classifier:
         self.checked = False
         self.reason: str | None = None
         self._precision = precision
-        self._programs: dict[bool, Program | None] = {}
+        self._freeze = freeze
+        self._programs: dict[bool, Program] = {}
         if engine == "autograd":
             self.reason = "the attack asks for it"
         elif not isinstance(model, nn.Module):
@@ -105,7 +113,13 @@ class Classifier:
         with torch.autocast(device.type, dtype=getattr(torch, self._precision) if low else None, enabled=low):
             yield
 
-    def _program(self, x: Tensor) -> Program | None:
+    def unfrozen(self) -> Classifier:
+        """The same, for parameters that may change between calls, its logits taken for checked."""
+        copied = Classifier(self.model, "auto", self._precision, freeze=False)
+        copied.reason, copied.checked = self.reason, True
+        return copied
+
+    def program(self, x: Tensor) -> Program | None:
         """The linearized model for batches like x (of two or more images)."""
         if self.reason is not None:
             return None
@@ -113,14 +127,15 @@ class Classifier:
         if autocast not in self._programs:
             assert isinstance(self.model, nn.Module)
             try:
-                self._programs[autocast] = find_program(unwrap(self.model), x).frozen()
+                program = find_program(unwrap(self.model), x)
             except (UnsupportedModelError, TypeError, ValueError) as error:
                 # A model that fails on x fails again below, in its own words.
                 self.reason = str(error)
                 return None
+            self._programs[autocast] = program.frozen() if self._freeze else program
         program = self._programs[autocast]
         # A program for one batch size would be exported again whenever an image drops out.
-        return program if program is not None and program.graph.serves(x.shape[0]) else None
+        return program if program.graph.serves(x.shape[0]) else None
 
     def incremental(self, x: Tensor) -> Incremental | None:
         """The model for changes to windows of batches like x; None where it has no such form, or none that pays.
@@ -129,7 +144,7 @@ class Classifier:
         """
         if x.device.type != "cpu" or x.dim() != 4 or x.shape[0] < 2 or self.autocasts(x.device):
             return None
-        program = self._program(x)
+        program = self.program(x)
         if program is None:
             return None
         with torch.no_grad():
@@ -146,11 +161,11 @@ class Classifier:
             if x.shape[0] == 1 and self.reason is None:
                 # One export serves all batches but those of a single image.
                 twice = torch.cat([x, x])
-                program = self._program(twice)
+                program = self.program(twice)
                 if program is not None:
                     return _FirstRow(LinearizedPoint.at(program, unwrap(self.model), twice))  # type: ignore[arg-type]
             else:
-                program = self._program(x)
+                program = self.program(x)
                 if program is not None:
                     return LinearizedPoint.at(program, unwrap(self.model), x)  # type: ignore[arg-type]
             point = x.detach().requires_grad_()
