@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,14 +13,13 @@ from typing import IO, Any
 import torch
 from torch import nn
 
-from emr_training.config import TrainConfig, make_config
-from emr_training.models import build_model
+from emr_training.config import ConfigError, RunConfig, make_config
 
-FORMAT = 1
+FORMAT = 2
 
 
 class CheckpointError(ValueError):
-    """A file that is not a checkpoint of this format."""
+    """A file that is not a whole checkpoint of this format, or that cannot be written."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Checkpoint:
     """A trained model on the CPU in evaluation mode, its settings, and its last metrics."""
 
     model: nn.Module
-    config: TrainConfig
+    config: RunConfig
     metrics: dict[str, Any]
 
 
@@ -60,10 +60,72 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
             os.close(directory)
 
 
+class _Recorded:
+    """A file that remembers why a write failed: torch.save reports something else."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+def save_payload(path: Path, payload: dict[str, Any]) -> None:
+    """Write tensors and plain types to `path`, whole or not at all.
+
+    Raises CheckpointError when it cannot be written, on a full disk for instance; what was at `path` is still there.
+    """
+
+    def write(file: IO[bytes]) -> None:
+        recorded = _Recorded(file)
+        try:
+            torch.save(payload, recorded)  # type: ignore[arg-type]
+        except Exception:
+            if recorded.error is not None:
+                raise recorded.error from None
+            raise
+
+    try:
+        write_atomically(path, write)
+    except OSError as error:
+        kept = "; the earlier one there is intact" if path.exists() else ""
+        raise CheckpointError(f"cannot write {path}: {error.strerror or error}{kept}") from error
+
+
+def load_payload(path: Path) -> dict[str, Any]:
+    """What `save_payload` wrote, on the CPU. Nothing in the file is executed.
+
+    Raises FileNotFoundError, or CheckpointError for a file that is damaged or something else.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    try:
+        # torch does not look at the checksums that its files hold.
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise ValueError(f"its part {damaged} is damaged")
+        payload = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise CheckpointError(f"{path} is not a checkpoint, or damaged: {str(error).splitlines()[0]}") from error
+    found = payload.get("format") if isinstance(payload, dict) else None
+    if found != FORMAT:
+        raise CheckpointError(f"{path} has checkpoint format {found!r}; expected {FORMAT}")
+    return payload
+
+
 def save_checkpoint(
     path: Path,
     model: nn.Module,
-    config: TrainConfig,
+    config: RunConfig,
     *,
     input_shape: tuple[int, ...],
     classes: int,
@@ -73,13 +135,13 @@ def save_checkpoint(
     state = {name: value.detach().cpu() for name, value in model.state_dict().items()}
     payload = {
         "format": FORMAT,
-        "config": config.model_dump(),
+        "config": config.model_dump(mode="json"),
         "input_shape": list(input_shape),
         "classes": classes,
         "metrics": metrics,
         "state_dict": state,
     }
-    write_atomically(path, lambda file: torch.save(payload, file))
+    save_payload(path, payload)
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -87,17 +149,16 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
     Raises FileNotFoundError, or CheckpointError naming the fault. Nothing in the file is executed.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}")
+    from emr_training.training.build import make_model
+
+    payload = load_payload(path)
+    if "state_dict" not in payload:
+        raise CheckpointError(f"{path} is the state of a run, to be resumed; expected a model, best.pt or last.pt")
     try:
-        payload = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise CheckpointError(f"{path} is not a checkpoint: {str(error).splitlines()[0]}") from error
-    found = payload.get("format") if isinstance(payload, dict) else None
-    if found != FORMAT:
-        raise CheckpointError(f"{path} has checkpoint format {found!r}; expected {FORMAT}")
-    config = make_config(payload["config"])
+        config = make_config(payload["config"])
+    except ConfigError as error:
+        raise CheckpointError(f"{path} holds settings that are not known here: {error}") from None
     with torch.random.fork_rng(devices=[]):
-        model = build_model(config.model, payload["input_shape"], payload["classes"])
+        model = make_model(config, payload["input_shape"], payload["classes"])
     model.load_state_dict(payload["state_dict"])
     return Checkpoint(model.eval(), config, payload["metrics"])

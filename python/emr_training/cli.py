@@ -1,17 +1,15 @@
-"""The command line: `emr train`, `emr demo`, `emr evaluate` and `emr info`."""
+"""The command line: `emr train`, `emr presets`, `emr demo`, `emr evaluate` and `emr info`."""
 
 from __future__ import annotations
 
-import inspect
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from emr_training.config import ConfigError, TrainConfig, make_config, read_config
+from emr_training.config import ConfigError, make_config, merge, parse_override, presets, read_config
 
 # Commands import torch, scikit-learn and matplotlib themselves, so that help and usage errors come at once.
 
@@ -23,76 +21,59 @@ app = typer.Typer(
 )
 console = Console()
 
-ConfigFile = Annotated[
-    Path | None,
-    typer.Option("--config", help="JSON file of options, by their names here with underscores; flags override it."),
-]
-Output = Annotated[Path, typer.Option(help="Folder for the checkpoint and metrics.")]
-
-
-def with_config_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give `command(..., **options)` a flag for each field of TrainConfig; flags not given are left out."""
-    own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.kind != p.VAR_KEYWORD]
-    flags = []
-    for name, field in TrainConfig.model_fields.items():
-        default = "none" if field.default is None else str(field.default)
-        option = typer.Option(help=field.description, show_default=default)
-        kind: Any = field.annotation
-        annotation: Any = Annotated[kind | None, option]
-        flags.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation))
-
-    def run(**arguments: Any) -> None:
-        kept = {p.name: arguments.pop(p.name) for p in own}
-        command(**kept, **{name: value for name, value in arguments.items() if value is not None})
-
-    signature = inspect.Signature([p.replace(kind=p.KEYWORD_ONLY) for p in own] + flags)
-    run.__signature__ = signature  # type: ignore[attr-defined]
-    run.__annotations__ = {p.name: p.annotation for p in signature.parameters.values()}
-    run.__name__, run.__doc__ = command.__name__, command.__doc__
-    return run
-
 
 @app.command()
-@with_config_options
-def train(config: ConfigFile = None, output: Output = Path("runs/train"), **options: Any) -> None:
-    """Train a classifier, printing a line of metrics per epoch, and save it as OUTPUT/model.pt."""
-    settings = make_config({**(read_config(config) if config else {}), **options})
+def train(
+    changes: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY.SUB=VALUE...", help="Options, such as trainer.epochs=10; they override all else."),
+    ] = None,
+    preset: Annotated[str | None, typer.Option(help="A configuration by name; `emr presets` lists them.")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file of options; they override the preset's.")] = None,
+    output: Annotated[Path, typer.Option(help="Folder for checkpoints, metrics and config.yaml.")] = Path("runs/train"),
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in OUTPUT.")] = False,
+    seed: Annotated[int | None, typer.Option(min=0, help="Short for trainer.seed.")] = None,
+    devices: Annotated[int | None, typer.Option(min=1, help="Short for trainer.devices.")] = None,
+) -> None:
+    """Train a classifier, printing a line of metrics per epoch, and save it as OUTPUT/best.pt and last.pt.
 
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    Without options an MLP learns scikit-learn's digits. An interrupted run goes on with --resume.
+    """
+    options: dict[str, Any] = {}
+    if resume and config is None and preset is None:
+        if not (output / "config.yaml").is_file():
+            raise FileNotFoundError(f"no run to resume in {output}: config.yaml is not there")
+        options = read_config(output / "config.yaml")
+    if preset is not None:
+        options = presets.preset(preset)
+    if config is not None:
+        options = merge(options, read_config(config))
+    for change in changes or ():
+        key, value = parse_override(change)
+        options = merge(options, {key: value})
+    for key, given in (("trainer.seed", seed), ("trainer.devices", devices)):
+        if given is not None:
+            options = merge(options, {key: given})
+    settings = make_config(options)
 
-    from emr_training import trainer
-    from emr_training.checkpoint import save_checkpoint
-    from emr_training.data import load_digits
-    from emr_training.reporting import environment, metrics_line, write_json
+    from emr_training.training.command import run
 
-    splits = load_digits(settings.seed)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task(f"{settings.method} on {splits.name}", total=settings.epochs)
+    stopped = run(settings, output, console, resume=resume)
+    if stopped in ("SIGTERM", "SIGINT"):
+        sys.exit({"SIGTERM": 143, "SIGINT": 130}[stopped])
 
-        def on_epoch(metrics: trainer.EpochMetrics) -> None:
-            progress.console.print(metrics_line(metrics, settings.epochs), highlight=False, soft_wrap=True)
-            progress.advance(task)
 
-        result = trainer.train(settings, splits.train, splits.validation, splits.classes, on_epoch=on_epoch)
-    last = result.history[-1].as_dict()
-    save_checkpoint(
-        output / "model.pt",
-        result.model,
-        settings,
-        input_shape=splits.input_shape,
-        classes=splits.classes,
-        metrics=last,
-    )
-    record = {
-        "config": settings.model_dump(),
-        "environment": environment(),
-        "engine": result.engine,
-        "seconds": round(result.seconds, 3),
-        "history": [metrics.as_dict() for metrics in result.history],
-    }
-    write_json(output / "metrics.json", record)
-    console.print(f"{result.seconds:.1f} s; saved {output / 'model.pt'} and metrics.json", highlight=False)
+@app.command(name="presets")
+def list_presets(
+    containing: Annotated[list[str] | None, typer.Argument(help="Only those with all of these in their names.")] = None,
+) -> None:
+    """List the configurations that `emr train --preset` knows."""
+    shown = [p for p in presets.presets().values() if all(part in p.name for part in containing or ())]
+    if not shown:
+        raise ConfigError(f"no preset has {' and '.join(containing or ())} in its name")
+    width = max(len(p.name) for p in shown)
+    for p in shown:
+        console.print(f"{p.name:{width}}  {p.summary}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -109,7 +90,7 @@ def demo(
 
 @app.command()
 def evaluate(
-    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint of `emr train` or `emr demo`.")],
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint of `emr train` or `emr demo`, or a run's folder.")],
     epsilon: Annotated[list[float], typer.Option(help="Linf radius, in [0, 1] pixel units; repeatable.")] = (
         0.1,
         0.2,
@@ -127,8 +108,13 @@ def evaluate(
     from emr_training.reporting import environment, evaluation_table, write_json
 
     attack = PGD(0.0, steps, restarts=restarts, seed=seed)
+    if checkpoint.is_dir():
+        best = checkpoint / "best.pt"
+        checkpoint = best if best.is_file() else checkpoint / "last.pt"
     loaded = load_checkpoint(checkpoint)
-    test = load_digits(loaded.config.seed).test
+    if loaded.config.data.name != "digits":
+        raise ConfigError(f"data.name is {loaded.config.data.name!r}; expected 'digits'")
+    test = load_digits(loaded.config.trainer.seed).test
     result = evaluation.evaluate(loaded.model, test, epsilon, attack)
     console.print(evaluation_table({loaded.config.method: result}, f"PGD-{steps}"))
     low, high = result.clean.interval()
@@ -144,7 +130,7 @@ def evaluate(
     if output is not None:
         record = {
             "checkpoint": str(checkpoint),
-            "config": loaded.config.model_dump(),
+            "config": loaded.config.model_dump(mode="json"),
             "attack": {"name": "PGD", "steps": steps, "restarts": restarts, "seed": seed},
             "environment": environment(),
             "test": result.as_dict(),
@@ -167,7 +153,7 @@ def main() -> None:
     """Entry point of the `emr` command: faults of the user's input end in one line each and exit status 2."""
     try:
         app()
-    except (ConfigError, ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError, ArithmeticError) as error:
         for line in str(error).splitlines():
             Console(stderr=True).print(f"error: {line}", style="red", highlight=False, soft_wrap=True)
         sys.exit(2)

@@ -12,7 +12,7 @@ from rich.progress import Progress
 
 from emr_training.attacks import PGD
 from emr_training.checkpoint import save_checkpoint
-from emr_training.config import Method, TrainConfig, make_config
+from emr_training.config import RunConfig, make_config
 from emr_training.data import Splits, load_digits
 from emr_training.evaluation import Accuracy, Evaluation, evaluate, robust_curve
 from emr_training.reporting import (
@@ -24,9 +24,14 @@ from emr_training.reporting import (
     write_json,
 )
 from emr_training.selection import ATTACK_STEPS, CRITERION, Selection, select
-from emr_training.trainer import TrainResult, train
+from emr_training.training import TrainResult, train
 
-METHODS: dict[str, Method] = {"Standard": "standard", "EMR": "emr", "AT": "at", "AT-EMR": "at-emr"}
+METHODS: dict[str, dict[str, Any]] = {
+    "Standard": {},
+    "EMR": {"penalties": {"emr": {}}},
+    "AT": {"defense": "at"},
+    "AT-EMR": {"defense": "at", "penalties": {"emr": {}}},
+}
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,7 @@ class DemoSettings:
 class Outcome:
     """One method's training, its evaluation on the test split, and robust accuracy by epsilon."""
 
-    config: TrainConfig
+    config: RunConfig
     trained: TrainResult
     evaluation: Evaluation
     curve: list[tuple[float, Accuracy]]
@@ -68,9 +73,9 @@ def run_demo(output: Path, console: Console, settings: DemoSettings | None = Non
     outcomes = _run_all(splits, chosen, settings, console)
     _draw(output, outcomes, splits, settings)
     seconds = time.perf_counter() - started
-    for method, outcome in outcomes.items():
+    for outcome in outcomes.values():
         save_checkpoint(
-            output / f"{METHODS[method]}.pt",
+            output / f"{outcome.config.method}.pt",
             outcome.trained.model,
             outcome.config,
             input_shape=splits.input_shape,
@@ -86,12 +91,12 @@ def run_demo(output: Path, console: Console, settings: DemoSettings | None = Non
 
 def _choose(
     splits: Splits, settings: DemoSettings, console: Console
-) -> tuple[dict[str, TrainConfig], dict[str, Selection], float]:
+) -> tuple[dict[str, RunConfig], dict[str, Selection], float]:
     """Each method's config, with EMR's selections and the seconds they took."""
     started = time.perf_counter()
     configs = {
-        name: make_config({"method": method, "epochs": settings.epochs, "seed": settings.seed})
-        for name, method in METHODS.items()
+        name: make_config({**options, "trainer": {"epochs": settings.epochs, "seed": settings.seed}})
+        for name, options in METHODS.items()
     }
     strengths = {"EMR": settings.strengths, "AT-EMR": settings.strengths_at}
     total = len(settings.temperatures) * sum(map(len, strengths.values()))
@@ -115,7 +120,7 @@ def _choose(
 
 
 def _run_all(
-    splits: Splits, configs: dict[str, TrainConfig], settings: DemoSettings, console: Console
+    splits: Splits, configs: dict[str, RunConfig], settings: DemoSettings, console: Console
 ) -> dict[str, Outcome]:
     attack = PGD(0.0, settings.attack_steps, restarts=settings.attack_restarts, seed=settings.seed)
     outcomes = {}
@@ -154,7 +159,7 @@ def _draw(output: Path, outcomes: dict[str, Outcome], splits: Splits, settings: 
         f"{_attack_name(settings)}, {test}. Bands: one binomial standard error. Dotted: the table's ε.",
     )
     histories = {name: outcome.trained.history for name, outcome in outcomes.items()}
-    epsilon = outcomes["AT"].config.epsilon
+    epsilon = outcomes["AT"].config.attack.epsilon
     training_curves(
         output / "training_curves.png",
         histories,
@@ -182,8 +187,8 @@ def _report(
             "epsilons": list(settings.epsilons),
             "methods": {
                 name: {
-                    "strength": selection.config.strength,
-                    "temperature": selection.config.temperature,
+                    "strength": selection.chosen.strength,
+                    "temperature": selection.chosen.temperature,
                     "without_emr": selection.reference.as_dict(),
                     "candidates": [candidate.as_dict() for candidate in selection.candidates],
                 }
@@ -192,9 +197,10 @@ def _report(
         },
         "methods": {
             name: {
-                "config": outcome.config.model_dump(),
+                "config": outcome.config.model_dump(mode="json"),
                 "engine": outcome.trained.engine,
                 "training_seconds": round(outcome.trained.seconds, 3),
+                "costs": vars(outcome.trained.costs),
                 "test": outcome.evaluation.as_dict(),
                 "robust_accuracy_curve": [
                     {"epsilon": epsilon, **accuracy.as_dict()} for epsilon, accuracy in outcome.curve
@@ -215,14 +221,14 @@ def _print(
     seconds: float,
 ) -> None:
     chosen = {
-        name: f"λ={outcome.config.strength:g} T={outcome.config.temperature:g}"
+        name: f"λ={emr.strength:g} T={emr.temperature:g}"
         for name, outcome in outcomes.items()
-        if outcome.config.regularized
+        if (emr := outcome.config.penalties.emr) is not None
     }
     rows = {name: outcome.evaluation for name, outcome in outcomes.items()}
     title = (
         f"scikit-learn digits, MLP, {settings.epochs} epochs, seed {settings.seed}; "
-        f"adversarial training at ε={outcomes['AT'].config.epsilon:g}"
+        f"adversarial training at ε={outcomes['AT'].config.attack.epsilon:g}"
     )
     worst = 50 / len(splits.test) ** 0.5
     notes = [

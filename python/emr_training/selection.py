@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from emr_training.attacks import PGD
-from emr_training.config import TrainConfig, make_config
+from emr_training.config import RunConfig, make_config, merge
 from emr_training.data import Data
 from emr_training.evaluation import clean_accuracy, robust_accuracy
-from emr_training.trainer import TrainingDiverged, train
+from emr_training.training import TrainingDiverged, train
 
 ATTACK_STEPS = 20
 CLEAN_TOLERANCE = 0.01
@@ -47,15 +47,16 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Selection:
-    """The config with the chosen pair, all candidates, and the same training without the penalty."""
+    """The config with the chosen pair, that pair, all candidates, and the same training without the penalty."""
 
-    config: TrainConfig
+    config: RunConfig
+    chosen: Candidate
     candidates: list[Candidate]
     reference: Candidate
 
 
 def select(
-    config: TrainConfig,
+    config: RunConfig,
     data: Data,
     validation: Data,
     classes: int,
@@ -80,7 +81,7 @@ def select(
             if on_candidate is not None:
                 on_candidate(candidate)
     best = choose(candidates, reference)
-    return Selection(_with(config, best.strength, best.temperature), candidates, reference)
+    return Selection(_with(config, best.strength, best.temperature), best, candidates, reference)
 
 
 def choose(candidates: Sequence[Candidate], reference: Candidate) -> Candidate:
@@ -96,18 +97,22 @@ def choose(candidates: Sequence[Candidate], reference: Candidate) -> Candidate:
     return max(trained, key=lambda pair: pair[1])[0]
 
 
-def _with(config: TrainConfig, strength: float, temperature: float) -> TrainConfig:
-    return make_config({**config.model_dump(), "strength": strength, "temperature": temperature})
+def _with(config: RunConfig, strength: float, temperature: float) -> RunConfig:
+    emr = {"penalties.emr.strength": strength, "penalties.emr.temperature": temperature}
+    return make_config(merge(config.model_dump(), emr))
 
 
-def _measure(config: TrainConfig, data: Data, validation: Data, classes: int, epsilons: Sequence[float]) -> Candidate:
+def _measure(config: RunConfig, data: Data, validation: Data, classes: int, epsilons: Sequence[float]) -> Candidate:
+    emr = config.penalties.emr
+    assert emr is not None
+    strength, temperature = emr.strength, emr.temperature
     try:
         model = train(config, data, None, classes).model
     except TrainingDiverged:
-        return Candidate(config.strength, config.temperature, None, {})
+        return Candidate(strength, temperature, None, {})
     validation = validation.to(next(model.parameters()).device)
     robust = {
-        epsilon: robust_accuracy(model, validation, PGD(epsilon, ATTACK_STEPS, seed=config.seed)).value
+        epsilon: robust_accuracy(model, validation, PGD(epsilon, ATTACK_STEPS, seed=config.trainer.seed)).value
         for epsilon in epsilons
     }
-    return Candidate(config.strength, config.temperature, clean_accuracy(model, validation).value, robust)
+    return Candidate(strength, temperature, clean_accuracy(model, validation).value, robust)

@@ -7,7 +7,7 @@ from torch import nn
 
 from emr_training.config import make_config
 from emr_training.data import Data, Splits, load_digits
-from emr_training.trainer import train
+from emr_training.training import train
 
 
 @pytest.fixture(scope="session")
@@ -24,10 +24,10 @@ def batch(splits: Splits) -> Data:
 @pytest.fixture(scope="session")
 def net(splits: Splits) -> nn.Module:
     """An MLP trained on clean digits. Shared: tests must not change it."""
-    return train(make_config({"epochs": 10}), splits.train, None, splits.classes).model
+    return train(make_config({"trainer.epochs": 10}), splits.train, None, splits.classes).model
 
 
 @pytest.fixture(scope="session")
 def robust_net(splits: Splits) -> nn.Module:
     """An MLP adversarially trained on digits. Shared: tests must not change it."""
-    return train(make_config({"method": "at", "epochs": 8}), splits.train, None, splits.classes).model
+    return train(make_config({"defense": "at", "trainer.epochs": 8}), splits.train, None, splits.classes).model

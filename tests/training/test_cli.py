@@ -38,24 +38,23 @@ def run(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.parametrize("model", ["mlp", "cnn"])
 def test_train_then_evaluate(run, tmp_path: Path, model: str) -> None:
-    options = ["--method", "at-emr", "--model", model, "--epochs", "2", "--strength", "0.5"]
-    result = run("train", *options, "--output", str(tmp_path))
+    options = [f"model={model}", "trainer.epochs=2", "penalties.emr.strength=0.5"]
+    result = run("train", "--preset", "clean/digits-mlp-at-emr", *options, "--output", str(tmp_path))
     assert result.exit_code == 0, result.output
     lines = [line for line in result.output.splitlines() if line.startswith("epoch ")]
     assert len(lines) == 2 and "cross_entropy" in lines[0] and "emr" in lines[0] and "val PGD" in lines[0]
 
-    checkpoint = load_checkpoint(tmp_path / "model.pt")
-    assert (checkpoint.config.method, checkpoint.config.model, checkpoint.config.strength) == (
-        "at-emr",
-        model,
-        0.5,
-    )
-    record = json.loads((tmp_path / "metrics.json").read_text())
-    assert record["config"]["epochs"] == 2 and len(record["history"]) == 2
+    checkpoint = load_checkpoint(tmp_path / "last.pt")
+    config = checkpoint.config
+    assert config.penalties.emr is not None
+    assert (config.method, config.model.name, config.penalties.emr.strength) == ("at-emr", model, 0.5)
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert record["config"]["trainer"]["epochs"] == 2 and record["last"]["epoch"] == 2
+    assert record["costs"]["forwards"] > 2 * 960 * 10
     assert record["environment"]["packages"]["torch"] == torch.__version__
 
     out = tmp_path / "evaluation.json"
-    result = run("evaluate", str(tmp_path / "model.pt"), "--epsilon", "0.1", "--steps", "3", "--output", str(out))
+    result = run("evaluate", str(tmp_path), "--epsilon", "0.1", "--steps", "3", "--output", str(out))
     assert result.exit_code == 0, result.output
     assert "539 test digits, 10 restarts" in result.output and "ε = 0.1" in result.output
     test = json.loads(out.read_text())["test"]
@@ -64,12 +63,12 @@ def test_train_then_evaluate(run, tmp_path: Path, model: str) -> None:
 
 
 def test_flags_override_the_config_file(run, tmp_path: Path) -> None:
-    config = tmp_path / "c.json"
-    config.write_text(json.dumps({"epochs": 5, "learning_rate": 0.05}))
-    result = run("train", "--config", str(config), "--epochs", "1", "--output", str(tmp_path))
+    config = tmp_path / "c.yaml"
+    config.write_text("trainer:\n  epochs: 5\n  seed: 2\noptimizer.learning_rate: 0.05\n")
+    result = run("train", "--config", str(config), "trainer.epochs=1", "--seed", "3", "--output", str(tmp_path))
     assert result.exit_code == 0, result.output
-    used = load_checkpoint(tmp_path / "model.pt").config
-    assert (used.epochs, used.learning_rate) == (1, 0.05)
+    used = load_checkpoint(tmp_path / "last.pt").config
+    assert (used.trainer.epochs, used.trainer.seed, used.optimizer.learning_rate) == (1, 3, 0.05)
 
 
 def test_demo(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,9 +101,12 @@ def test_info(run) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["train", "--strength", "-1"], "error: strength is -1.0; expected greater than or equal to 0"),
+        (
+            ["train", "penalties.emr.strength=-1"],
+            "error: penalties.emr.strength is -1; expected greater than or equal to 0",
+        ),
         (["evaluate", "nowhere.pt"], "error: no checkpoint at nowhere.pt"),
-        (["train", "--config", "none.json"], "error: cannot read none.json: No such file or directory"),
+        (["train", "--config", "none.yaml"], "error: cannot read none.yaml: No such file or directory"),
     ],
 )
 def test_faults_end_in_one_line(
@@ -125,13 +127,33 @@ def test_faults_end_in_one_line(
 def test_unknown_key_in_a_config_file(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path
 ) -> None:
-    (tmp_path / "c.json").write_text('{"epoch": 3}')
-    monkeypatch.setattr(sys, "argv", ["emr", "train", "--config", str(tmp_path / "c.json")])
+    (tmp_path / "c.yaml").write_text("trainer: {epoch: 3}")
+    monkeypatch.setattr(sys, "argv", ["emr", "train", "--config", str(tmp_path / "c.yaml")])
     with pytest.raises(SystemExit):
         cli.main()
-    assert capsys.readouterr().err.strip() == "error: unknown option 'epoch'; did you mean 'epochs'?"
+    assert capsys.readouterr().err.strip() == "error: unknown option 'trainer.epoch'; did you mean 'trainer.epochs'?"
 
 
-def test_wrong_choice_names_the_choices(run) -> None:
-    result = run("train", "--method", "trades")
-    assert result.exit_code == 2 and "at-emr" in result.output
+def test_presets_are_listed_by_what_their_names_hold(run) -> None:
+    lines = run("presets").output.splitlines()
+    assert len(lines) == 228 and all("  " in line for line in lines)
+    lines = run("presets", "paper/", "mail").output.splitlines()
+    assert [line.split()[0] for line in lines] == ["paper/mail-at-emr", "paper/mail-trades-emr"]
+
+
+def test_a_run_goes_on_only_where_there_is_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["emr", "train", "--resume", "--output", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert capsys.readouterr().err.startswith(f"error: no run to resume in {tmp_path}")
+
+
+def test_resume_takes_up_the_configuration(run, tmp_path: Path) -> None:
+    assert run("train", "trainer.epochs=1", "--seed", "4", "--output", str(tmp_path)).exit_code == 0
+    result = run("train", "--resume", "trainer.epochs=2", "--output", str(tmp_path))
+    assert result.exit_code == 0, result.output
+    assert result.output.count("epoch ") >= 1 and "epoch 2/2" in result.output and "epoch 1/2" not in result.output
+    checkpoint = load_checkpoint(tmp_path / "last.pt")
+    assert checkpoint.config.trainer.seed == 4 and checkpoint.metrics["epoch"] == 2

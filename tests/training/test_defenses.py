@@ -14,7 +14,7 @@ from emr_training.config import make_config
 from emr_training.data import Data
 from emr_training.defenses import PGDAT, Standard
 from emr_training.penalties import EMR
-from emr_training.trainer import make_defense
+from emr_training.training import make_defense, make_penalties
 
 
 class Recorder:
@@ -57,17 +57,18 @@ def test_pgd_at_trains_and_penalises_at_the_adversarial_example(net: nn.Module, 
     assert torch.equal(recorder.seen[0][0], x_adv) and torch.equal(recorder.seen[0][1], batch.y)
 
 
-@pytest.mark.parametrize("method", ["emr", "at-emr"])
+@pytest.mark.parametrize("method", ["standard", "at"])
 def test_emr_gradient_is_double_backwards(net: nn.Module, batch: Data, method: str) -> None:
     model = copy.deepcopy(net).double()
     x, y = batch.x[:16].double(), batch.y[:16]
-    config = make_config({"method": method, "strength": 3.0, "temperature": 0.5, "batch_size": 16})
-    make_defense(config, model)(model, x, y).total.backward()
+    config = make_config({"defense": method, "penalties.emr": {"strength": 3.0, "temperature": 0.5}})
+    penalties = tuple(make_penalties(config, model).values())
+    make_defense(config, penalties)(model, x, y).total.backward()
     found = [p.grad for p in model.parameters()]
 
     point = x
-    if config.adversarial:
-        point = PGD(config.epsilon, config.attack_steps, keep="last")(model, x, y)
+    if config.defense.name == "at":
+        point = PGD(config.attack.epsilon, config.attack.steps, keep="last")(model, x, y)
     loss = F.cross_entropy(model(point), y) + 3.0 * effective_weight_penalty(model, point, 0.5)
     expected = torch.autograd.grad(loss, list(model.parameters()))
     for one, other in zip(found, expected, strict=True):

@@ -13,7 +13,7 @@ from emr_training.attacks import PGD, CarliniWagner, DeepFool
 from emr_training.attacks.balls import distance
 from emr_training.config import make_config
 from emr_training.data import Data, Splits
-from emr_training.trainer import train
+from emr_training.training import train
 
 REASON = "not installed; `make test-independent` does so"
 with warnings.catch_warnings():
@@ -23,9 +23,9 @@ with warnings.catch_warnings():
     foolbox = pytest.importorskip("foolbox", reason=REASON)
 
 METHODS = {
-    "standard": {"epochs": 10},
-    "at": {"method": "at", "epochs": 8},
-    "at-emr": {"method": "at-emr", "epochs": 8, "strength": 1.0},
+    "standard": {"trainer.epochs": 10},
+    "at": {"defense": "at", "trainer.epochs": 8},
+    "at-emr": {"defense": "at", "trainer.epochs": 8, "penalties.emr.strength": 1.0},
 }
 EPSILON = {"Linf": {"standard": 0.05, "at": 0.12, "at-emr": 0.12}, "L2": {"standard": 0.3, "at": 0.5, "at-emr": 0.5}}
 STARTS = 4

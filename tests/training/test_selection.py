@@ -11,7 +11,7 @@ from emr_training import demo
 from emr_training.config import make_config
 from emr_training.data import Data, Splits
 from emr_training.selection import Candidate, choose, select
-from emr_training.trainer import TrainingDiverged
+from emr_training.training import TrainingDiverged
 
 
 def candidate(strength: float, clean: float | None, *robust: float) -> Candidate:
@@ -44,7 +44,7 @@ def test_choose_fails_when_all_diverged() -> None:
 
 
 def test_select_reports_a_diverged_candidate_and_goes_on(splits: Splits) -> None:
-    config = make_config({"method": "emr", "epochs": 2})
+    config = make_config({"penalties.emr": {}, "trainer.epochs": 2})
     result = select(
         config,
         splits.train,
@@ -56,7 +56,7 @@ def test_select_reports_a_diverged_candidate_and_goes_on(splits: Splits) -> None
     )
     good, bad = result.candidates
     assert good.clean is not None and bad.clean is None and bad.mean_robust == -1
-    assert result.config == config.model_copy(update={"strength": 1.0, "temperature": 1.0})
+    assert result.config == make_config({"penalties.emr.strength": 1.0, "trainer.epochs": 2})
     assert result.reference.strength == 0
 
 

@@ -1,28 +1,48 @@
-"""Training: deterministic from a seed, equal footing between methods, and it does learn."""
+"""Training: deterministic from a seed, equal footing between methods, it learns, and it leaves a record."""
 
 from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from emr_training import trainer
-from emr_training.config import ConfigError, make_config
-from emr_training.data import Splits
+from emr_training.checkpoint import load_checkpoint
+from emr_training.config import ConfigError, make_config, read_config
+from emr_training.data import Data, Splits
 from emr_training.evaluation import clean_accuracy
-from emr_training.trainer import EpochMetrics, TrainingDiverged, train
+from emr_training.training import EpochMetrics, TrainingDiverged, loop, train
 
-METHODS = ["standard", "emr", "at", "at-emr"]
+EMR = {"penalties.emr": {}}
+METHODS: dict[str, dict[str, Any]] = {
+    "standard": {},
+    "emr": EMR,
+    "at": {"defense": "at"},
+    "at-emr": {"defense": "at", **EMR},
+    "trades": {"defense": "trades", "attack.start_std": 0.001},
+    "mart": {"defense": "mart"},
+    "fgsm-rs": {"defense": "at", "attack.name": "rfgsm"},
+    "mail-at": {"defense": "at", "defense.mail": {}, "defense.burn_in.epoch": 2},
+}
 
 
-@pytest.mark.parametrize("model", ["mlp", "cnn"])
+def config_of(method: str, **trainer: Any):
+    return make_config({**METHODS[method], "trainer": trainer})
+
+
 @pytest.mark.parametrize("method", METHODS)
-def test_same_seed_same_weights(splits: Splits, method: str, model: str) -> None:
-    options = {"method": method, "model": model, "epochs": 2 if model == "mlp" else 1}
+def test_same_seed_same_weights(splits: Splits, method: str) -> None:
+    config = config_of(method, epochs=2)
     torch.manual_seed(1)
-    first = train(make_config(options), splits.train, splits.validation, 10)
+    first = train(config, splits.train, splits.validation, 10)
     torch.manual_seed(2)
-    again = train(make_config(options), splits.train, splits.validation, 10)
+    again = train(config, splits.train, splits.validation, 10)
     for one, other in zip(first.model.parameters(), again.model.parameters(), strict=True):
         assert torch.equal(one, other)
     assert [m.losses for m in first.history] == [m.losses for m in again.history]
@@ -30,51 +50,57 @@ def test_same_seed_same_weights(splits: Splits, method: str, model: str) -> None
 
 
 def test_another_seed_other_weights(splits: Splits) -> None:
-    models = [train(make_config({"epochs": 1, "seed": seed}), splits.train, None, 10).model for seed in (0, 1)]
+    models = [train(config_of("standard", epochs=1, seed=seed), splits.train, None, 10).model for seed in (0, 1)]
     assert not torch.equal(next(models[0].parameters()), next(models[1].parameters()))
 
 
 def test_methods_start_alike_and_see_the_same_batches(splits: Splits, monkeypatch: pytest.MonkeyPatch) -> None:
     starts, orders = [], []
-    make_defense = trainer.make_defense
+    make_defense = loop.make_defense
 
-    def recording(config, model):
-        starts.append([p.detach().clone() for p in model.parameters()])
+    def recording(config, penalties, parts):
+        starts.append([])
         orders.append([])
-        defense = make_defense(config, model)
+        defense = make_defense(config, penalties, parts)
 
-        def call(model, x, y, *, generator=None):
-            orders[-1].append(x)
-            return defense(model, x, y, generator=generator)
+        class Recording:
+            def at_epoch(self, epoch: int):
+                return self
 
-        call.penalties = defense.penalties
-        return call
+            def __call__(self, model, x, y, *, generator=None):
+                if not starts[-1]:
+                    starts[-1] = [p.detach().clone() for p in model.parameters()]
+                orders[-1].append(x)
+                return defense(model, x, y, generator=generator)
 
-    monkeypatch.setattr(trainer, "make_defense", recording)
-    for method in METHODS:
-        train(make_config({"method": method, "epochs": 2}), splits.train, None, 10)
+        return Recording()
+
+    monkeypatch.setattr(loop, "make_defense", recording)
+    for method in ("standard", "emr", "at", "at-emr"):
+        train(config_of(method, epochs=2), splits.train, None, 10)
     for start, order in zip(starts[1:], orders[1:], strict=True):
         assert all(map(torch.equal, start, starts[0]))
         assert len(order) == 30 and all(map(torch.equal, order, orders[0]))
 
 
 def test_validation_does_not_change_training(splits: Splits) -> None:
-    config = make_config({"method": "at", "epochs": 2})
+    config = config_of("at", epochs=2)
     with_it, without = (train(config, splits.train, v, 10).model for v in (splits.validation, None))
     for one, other in zip(with_it.parameters(), without.parameters(), strict=True):
         assert torch.equal(one, other)
 
 
-def test_leaves_the_global_random_state(splits: Splits) -> None:
+def test_leaves_the_global_random_state_and_the_signals(splits: Splits) -> None:
     before = torch.get_rng_state()
-    train(make_config({"epochs": 1}), splits.train, None, 10)
+    handlers = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
+    train(config_of("standard", epochs=1), splits.train, None, 10)
     assert torch.equal(torch.get_rng_state(), before)
+    assert handlers == [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
 
 
 def test_learns_and_reports_each_epoch(splits: Splits) -> None:
     seen: list[EpochMetrics] = []
-    config = make_config({"method": "emr", "epochs": 8, "strength": 1.0})
-    result = train(config, splits.train, splits.validation, 10, on_epoch=seen.append)
+    result = train(config_of("emr", epochs=8), splits.train, splits.validation, 10, on_epoch=seen.append)
     assert seen == result.history and [m.epoch for m in seen] == list(range(1, 9))
     assert set(seen[0].losses) == {"cross_entropy", "emr"}
     assert seen[-1].losses["cross_entropy"] < seen[0].losses["cross_entropy"] / 3
@@ -93,11 +119,94 @@ def test_adversarial_training_helps(net: nn.Module, robust_net: nn.Module, split
     assert robust.value > plain.value + 0.2
 
 
-def test_divergence_is_named(splits: Splits) -> None:
-    with pytest.raises(TrainingDiverged, match=r"training diverged in epoch 1: losses .*nan.*; try a smaller"):
-        train(make_config({"learning_rate": 1e30, "epochs": 2}), splits.train, None, 10)
+def test_what_a_run_leaves(splits: Splits, tmp_path: Path) -> None:
+    config = config_of("at-emr", epochs=3, tensorboard=True, log_steps=5)
+    result = train(config, splits.train, splits.validation, 10, output=tmp_path)
+    assert make_config(read_config(tmp_path / "config.yaml")) == config
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [EpochMetrics.from_dict(line) for line in lines] == result.history
+    rows = list(csv.DictReader((tmp_path / "metrics.csv").open()))
+    assert [float(row["losses.emr"]) for row in rows] == [m.losses["emr"] for m in result.history]
+    assert list((tmp_path / "tensorboard").iterdir())
+    best, last = (load_checkpoint(tmp_path / f"{name}.pt") for name in ("best", "last"))
+    assert result.best == max(result.history, key=lambda m: m.validation_robust_accuracy)
+    assert best.metrics == result.best.as_dict() and last.metrics == result.history[-1].as_dict()
+    for one, other in zip(last.model.parameters(), result.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_costs_count_every_pass(splits: Splits) -> None:
+    data = Data(splits.train.x[:64], splits.train.y[:64])
+    at, emr = (train(config_of(m, epochs=1), data, None, 10).costs for m in ("at", "emr"))
+    assert (at.images, at.forwards, at.backwards) == (64, 8 * 64, 8 * 64)
+    assert (emr.forwards, emr.backwards) == (3 * 64, 3 * 64)
+    assert at.device_seconds == at.seconds > 0 and at.peak_memory_bytes > 1e7
+
+
+def test_accumulated_parts_are_one_batch(splits: Splits) -> None:
+    """In float64, with short batches, for the paper's reduction; rounding is all that may differ."""
+    results = []
+    for accumulate in (1, 4):
+        options = {**METHODS["at-emr"], "attack.random_start": False, "trainer.precision": "64"}
+        options |= {"trainer.epochs": 2, "trainer.drop_last": False, "trainer.accumulate": accumulate}
+        data = Data(splits.train.x[:300], splits.train.y[:300])
+        results.append(train(make_config(options), data, None, 10))
+    for one, other in zip(results[0].model.parameters(), results[1].model.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
+    for key, value in results[0].history[-1].losses.items():
+        assert value > 0
+        assert results[1].history[-1].losses[key] == pytest.approx(value, rel=1e-9)
+
+
+def test_early_stopping_keeps_the_best(splits: Splits, tmp_path: Path) -> None:
+    options = {"trainer.epochs": 30, "trainer.patience": 2, "optimizer.learning_rate": 1e-12, "defense": "at"}
+    result = train(make_config(options), splits.train, splits.validation, 10, output=tmp_path)
+    assert result.stopped == "patience" and len(result.history) == 3 and result.best == result.history[0]
+    assert load_checkpoint(tmp_path / "last.pt").metrics["epoch"] == 3
+
+
+def test_divergence_names_step_images_and_the_last_good_checkpoint(splits: Splits, tmp_path: Path) -> None:
+    options = {"optimizer.learning_rate": 1e30, "trainer.epochs": 2}
+    with pytest.raises(TrainingDiverged, match=r"in epoch 1 at step \d+: losses .*; no checkpoint.*; try a smaller"):
+        train(make_config(options), splits.train, None, 10)
+    poisoned = Data(splits.train.x.clone(), splits.train.y)
+    object.__setattr__(poisoned, "x", poisoned.x.clone())
+    config = make_config({"trainer.epochs": 2})
+
+    def poison(metrics: EpochMetrics) -> None:
+        poisoned.x[123] = torch.nan
+
+    with pytest.raises(TrainingDiverged) as caught:
+        train(config, poisoned, None, 10, output=tmp_path, on_epoch=poison)
+    message = str(caught.value)
+    assert "in epoch 2 at step" in message and " 123," in message and "after step 15;" in message
+    assert str(tmp_path / "state.pt") in message
+    assert all(p.isfinite().all() for p in torch.load(tmp_path / "state.pt")["model"].values())
+
+
+def test_divergence_under_attack(splits: Splits) -> None:
+    options = {"defense": "at", "optimizer.learning_rate": 1e30, "trainer.epochs": 1}
+    with pytest.raises(TrainingDiverged, match="training diverged in epoch 1"):
+        train(make_config(options), splits.train, None, 10)
+
+
+def test_sigterm_saves_and_ends(splits: Splits, tmp_path: Path) -> None:
+    config = config_of("standard", epochs=3)
+
+    def at_step(step: int, steps: int, images: int) -> None:
+        if step == 20:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    result = train(config, splits.train, None, 10, output=tmp_path, on_step=at_step)
+    assert result.stopped == "SIGTERM" and len(result.history) == 1
+    assert torch.load(tmp_path / "state.pt")["step"] == 20
+    resumed = train(config, splits.train, None, 10, output=tmp_path, resume=True)
+    whole = train(config, splits.train, None, 10)
+    assert [m.losses for m in resumed.history] == [m.losses for m in whole.history]
+    for one, other in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_batch_larger_than_the_data(splits: Splits) -> None:
-    with pytest.raises(ConfigError, match="batch_size is 5000; expected at most 989"):
-        train(make_config({"batch_size": 5000}), splits.train, None, 10)
+    with pytest.raises(ConfigError, match=r"trainer.batch_size is 5000; expected at most 989"):
+        train(config_of("standard", batch_size=5000), splits.train, None, 10)

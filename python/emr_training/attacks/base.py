@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from emr_training.attacks.balls import Ball, Norm, check_in_box
 from emr_training.attacks.classifier import ENGINES, PRECISIONS, Classifier, Engine, Model, Precision
 from emr_training.attacks.problem import Problem
+from emr_training.attacks.tally import record
 from emr_training.errors import check_count, check_images, check_targets, nearest
 from emr_training.guard import bare, left_as_found
 
@@ -90,6 +91,7 @@ class Attack(ABC):
             target = None if target is None else target.clone()
             classifier = Classifier(model, self.engine, self.precision, evaluation=evaluation)
             x_adv = self.search(Problem(classifier, x, y, target, generator))
+        record(classifier.forwards, classifier.backwards)
         return self.verify(x_adv.detach(), x)
 
     @abstractmethod

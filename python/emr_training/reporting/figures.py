@@ -16,7 +16,7 @@ from torch import Tensor
 
 from emr_training.checkpoint import write_atomically
 from emr_training.evaluation import Accuracy
-from emr_training.trainer import EpochMetrics
+from emr_training.training.metrics import EpochMetrics
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from rich import box
 from rich.table import Table
 
 from emr_training.evaluation import Accuracy, Evaluation
-from emr_training.trainer import EpochMetrics
+from emr_training.training.metrics import EpochMetrics
 
 
 def evaluation_table(

@@ -1,0 +1,58 @@
+"""What is trained on what: data and model."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from emr_training.config.section import Section
+
+DATA = ("digits", "mnist", "fashion-mnist", "cifar10", "cifar100", "npz", "folder")
+
+
+class AugmentationConfig(Section):
+    """How training images are changed, anew in each epoch."""
+
+    crop_padding: int = Field(0, ge=0, description="Pixels of zero padding before a random crop to the same size.")
+    flip: bool = Field(False, description="Mirror half of the images.")
+    cutout: int = Field(0, ge=0, description="Side of a square set to zero, in pixels.")
+    cutmix: bool = Field(False, description="Paste a window of another image, labels mixed by area.")
+
+
+class DataConfig(Section):
+    """The data set, its validation split and its augmentation."""
+
+    name: Literal["digits", "mnist", "fashion-mnist", "cifar10", "cifar100", "npz", "folder"] = Field(
+        "digits", description="Data set; digits come with scikit-learn, the others are read from `root`."
+    )
+    root: str | None = Field(None, description="Folder of the original files; of npz the file; of folder the folder.")
+    validation: int | float = Field(
+        0.15, ge=0, description="Held out of the training set: a number of images, or a fraction below 1. 0: none."
+    )
+    augmentation: AugmentationConfig = Field(default_factory=AugmentationConfig)
+    extra: str | None = Field(None, description="An npz file of further training images.")
+    extra_fraction: float = Field(0.0, ge=0, lt=1, description="Share of each batch that is taken from `extra`.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_name(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+
+class ModelConfig(Section):
+    """The classifier."""
+
+    name: str = Field(
+        "mlp",
+        description="mlp, cnn, resnet-18, preactresnet-18, wrn-D-W (such as wrn-34-10), or wrn-D-W-pad: LeakyReLU and "
+        "padded shortcuts.",
+    )
+    hypersphere_scale: float | None = Field(
+        None, gt=0, description="Logits are this times cosines (Hypersphere Embedding); null: a linear last layer."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_name(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value

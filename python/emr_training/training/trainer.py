@@ -1,0 +1,168 @@
+"""The training loop, on Lightning Fabric."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+from torch import nn
+
+from emr_training.attacks.tally import counting
+from emr_training.config import ConfigError, RunConfig
+from emr_training.data import Data
+from emr_training.penalties import EMR
+from emr_training.training.build import make_model
+from emr_training.training.costs import Costs
+from emr_training.training.loop import Loop
+from emr_training.training.metrics import EpochMetrics
+from emr_training.training.watch import StopSignal
+
+_PRECISIONS: dict[str, Any] = {"32": "32-true", "tf32": "32-true", "64": "64-true"}
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What training leaves.
+
+    model: in evaluation mode; the averaged one where weights are averaged. engine: the EMR penalty's (None without).
+    best: the epoch that validation chose (None without validation). stopped: what ended the run before its last epoch,
+    if anything did: the name of a signal, or "patience". rank: of this process; the first one is 0.
+    """
+
+    model: nn.Module
+    history: list[EpochMetrics]
+    engine: str | None
+    costs: Costs
+    best: EpochMetrics | None = None
+    stopped: str | None = None
+    rank: int = 0
+
+    @property
+    def seconds(self) -> float:
+        """Wall clock, earlier parts of a resumed run included."""
+        return self.costs.seconds
+
+
+def train(
+    config: RunConfig,
+    data: Data,
+    validation: Data | None,
+    classes: int,
+    *,
+    output: Path | None = None,
+    resume: bool = False,
+    on_epoch: Callable[[EpochMetrics], None] | None = None,
+    on_step: Callable[[int, int, int], None] | None = None,
+) -> TrainResult:
+    """Train a model from scratch as `config` says; the same config and data give the same weights on the same device.
+
+    After each epoch the model is validated on `validation`, clean and under PGD, if given. The caller's global random
+    state is left as it was. With `output`, that folder holds
+
+        config.yaml               the whole configuration
+        metrics.jsonl, .csv       a line an epoch
+        best.pt, last.pt          the model that validation prefers, and the last one; see `load_checkpoint`
+        state.pt                  what `resume` goes on from; on the CPU with the weights of a run in one piece
+
+    SIGTERM and Ctrl-C end the run after the step that is being made, with its state saved; `stopped` then names the
+    signal.
+
+    Args:
+        config: the run; of its sections only `data` is not looked at, but for augmentation.
+        data, validation: images and labels.
+        classes: how many.
+        output: folder of the run; None: nothing is written.
+        resume: go on from output/state.pt.
+        on_epoch: called with each epoch's metrics, in the first process.
+        on_step: called with (step, steps in all, images of the step), in the first process.
+
+    Raises:
+        ConfigError: for a batch larger than `data`, or one that does not divide by the number of devices.
+        TrainingDiverged: when the loss is no longer finite; names the step, the images and the last good checkpoint.
+        CheckpointError: for a state that is damaged or of another run, or that cannot be written.
+    """
+    trainer = config.trainer
+    if trainer.batch_size > len(data):
+        raise ConfigError(
+            f"trainer.batch_size is {trainer.batch_size}; expected at most {len(data)}, the training images"
+        )
+    if resume and output is None:
+        raise ConfigError("resume is true without output; expected the folder of the run")
+    fabric = _fabric(config)
+    parts = fabric.world_size * trainer.accumulate
+    if trainer.batch_size % parts:
+        raise ConfigError(
+            f"trainer.batch_size is {trainer.batch_size}; expected a multiple of {parts}: {fabric.world_size} "
+            f"devices, {trainer.accumulate} parts each"
+        )
+    with ExitStack() as stack:
+        stack.enter_context(_seeded(trainer.seed, fabric.device))
+        stack.enter_context(_matmul_precision("high" if trainer.precision == "tf32" else None))
+        stop = stack.enter_context(StopSignal())
+        model = make_model(config, data.x.shape[1:], classes)
+        loop = Loop(config, fabric, model, data, validation, classes, output, on_epoch, on_step)
+        with counting(loop.meter.tally):
+            try:
+                loop.prepare(resume)
+                stopped = loop.run(stop)
+            finally:
+                loop.close()
+    engines = {p.engine for p in loop.penalties.values() if isinstance(p, EMR)}
+    return TrainResult(
+        loop.result.eval(),
+        loop.history,
+        engines.pop() if engines else None,
+        loop.meter.read(),
+        loop.best,
+        stopped,
+        fabric.global_rank,
+    )
+
+
+def _fabric(config: RunConfig) -> Fabric:
+    """Fabric with its processes running. Under torchrun there are as many as that has started."""
+    devices, nodes = config.trainer.devices, 1
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        devices = int(os.environ["LOCAL_WORLD_SIZE"])
+        nodes = int(os.environ["WORLD_SIZE"]) // devices
+    precision = config.trainer.precision
+    fabric = Fabric(
+        accelerator=config.trainer.device,
+        devices=devices,
+        num_nodes=nodes,
+        strategy="ddp" if devices * nodes > 1 else "auto",
+        precision=_PRECISIONS.get(precision, precision),
+    )
+    fabric.launch()
+    return fabric
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Torch's global random state set from `seed` inside, and as it was after."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def _matmul_precision(precision: str | None) -> Iterator[None]:
+    """Products and convolutions of float32 in TF32 inside, if asked for."""
+    if precision is None:
+        with nullcontext():
+            yield
+        return
+    before, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision(precision)
+    torch.backends.cudnn.allow_tf32 = True
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+        torch.backends.cudnn.allow_tf32 = convolutions
