@@ -108,7 +108,7 @@ def _choose(
             selections[name] = select(
                 configs[name],
                 splits.train,
-                splits.validation,
+                splits.held,
                 splits.classes,
                 strengths=sweep,
                 temperatures=settings.temperatures,
@@ -131,7 +131,7 @@ def _run_all(
             trained = train(
                 config,
                 splits.train,
-                splits.validation,
+                splits.held,
                 splits.classes,
                 on_epoch=lambda _: progress.advance(task),
             )
@@ -163,7 +163,7 @@ def _draw(output: Path, outcomes: dict[str, Outcome], splits: Splits, settings: 
     training_curves(
         output / "training_curves.png",
         histories,
-        f"{len(splits.train)} training and {len(splits.validation)} validation digits, MLP, "
+        f"{len(splits.train)} training and {len(splits.held)} validation digits, MLP, "
         f"seed {settings.seed}; AT and PGD-10 at ε = {epsilon:g}. "
         "The cross-entropy is that trained on: adversarial for AT and AT-EMR.",
     )
@@ -178,7 +178,7 @@ def _report(
         "data": {
             "name": splits.name,
             "train": len(splits.train),
-            "validation": len(splits.validation),
+            "validation": len(splits.held),
             "test": len(splits.test),
         },
         "selection": {
@@ -238,7 +238,7 @@ def _print(
         "ε is an L∞ radius in units of the [0, 1] pixels.",
         "Effective margin and weight norm (L2) are medians at the clean test images; the norm is that of the "
         "class mix softmax(logits).",
-        f"λ (strength) and T (temperature) were chosen on {len(splits.validation)} validation digits: {CRITERION}.",
+        f"λ (strength) and T (temperature) were chosen on {len(splits.held)} validation digits: {CRITERION}.",
         f"{seconds:.0f} s in all; EMR's engine: {outcomes['EMR'].trained.engine}. "
         f"Figures, checkpoints and results.json are in {output}.",
     ]

@@ -1,6 +1,20 @@
 """Data sets as tensors in memory, split into train, validation and test."""
 
+from emr_training.data.augmentation import Augmentation
 from emr_training.data.digits import load_digits
-from emr_training.data.splits import Data, Splits, batches, stratified_split
+from emr_training.data.files import DataError
+from emr_training.data.load import DATA_SETS, load_data
+from emr_training.data.splits import Data, Splits, batches, held_out, stratified_split
 
-__all__ = ["Data", "Splits", "batches", "load_digits", "stratified_split"]
+__all__ = [
+    "DATA_SETS",
+    "Augmentation",
+    "Data",
+    "DataError",
+    "Splits",
+    "batches",
+    "held_out",
+    "load_data",
+    "load_digits",
+    "stratified_split",
+]

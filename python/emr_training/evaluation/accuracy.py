@@ -86,7 +86,7 @@ def robust_curve(
 def _parts(data: Data, batch_size: int) -> Iterator[Data]:
     for start in range(0, len(data), batch_size):
         part = slice(start, start + batch_size)
-        yield Data(data.x[part], data.y[part])
+        yield Data(data.images(part), data.y[part])
 
 
 def _correct(model: nn.Module, data: Data) -> int:

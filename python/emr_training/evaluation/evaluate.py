@@ -58,6 +58,6 @@ def evaluate(model: nn.Module, data: Data, epsilons: Sequence[float], attack: PG
     return Evaluation(
         clean=clean_accuracy(model, data),
         robust={e: robust_accuracy(model, data, replace(attack, epsilon=e)) for e in epsilons},
-        margins=effective_margins(model, data.x, data.y, ord=2).detach().cpu(),
-        weight_norms=effective_weight_norms(model, data.x, temperature=NORM_TEMPERATURE).detach().cpu(),
+        margins=effective_margins(model, data.images(), data.y, ord=2).detach().cpu(),
+        weight_norms=effective_weight_norms(model, data.images(), temperature=NORM_TEMPERATURE).detach().cpu(),
     )
