@@ -35,7 +35,7 @@ from emr_training.attacks import PGD, CarliniWagner, DeepFool
 from emr_training.attacks.balls import Norm, distance
 from emr_training.config import make_config
 from emr_training.data import Data, load_digits
-from emr_training.trainer import train
+from emr_training.training import train
 
 STEPS, RUNS, LEARNING_RATE = 20, 9, 0.05
 #: A model in evaluation mode, images, a seed -> adversarial examples.
@@ -66,9 +66,9 @@ def subjects(data: Path | None) -> list[Subject]:
     """The networks, trained here: convolutional, standard and adversarially trained."""
     digits = load_digits(0)
     recipes: dict[str, dict[str, Any]] = {
-        "standard": {"epochs": 10},
-        "AT": {"method": "at", "epochs": 15},
-        "AT-EMR": {"method": "at-emr", "epochs": 15, "strength": 1.0},
+        "standard": {"trainer.epochs": 10},
+        "AT": {"defense": "at", "trainer.epochs": 15},
+        "AT-EMR": {"defense": "at", "trainer.epochs": 15, "penalties.emr.strength": 1.0},
     }
     found = []
     for name, recipe in recipes.items():
@@ -79,9 +79,10 @@ def subjects(data: Path | None) -> list[Subject]:
     if data is None:
         return found
     training, test = read_mnist(data / "mnist", "train", 6_000), read_mnist(data / "mnist", "t10k", 300)
-    recipes = {"standard": {"epochs": 3}, "AT": {"method": "at", "epochs": 3, "epsilon": 0.2}}
+    recipes = {"standard": {}, "AT": {"defense": "at", "attack.epsilon": 0.2}}
     for name, recipe in recipes.items():
-        model = train(make_config({"model": "cnn", "learning_rate": 0.05, **recipe}), training, None, 10).model
+        settings = {"model": "cnn", "optimizer.learning_rate": 0.05, "trainer.epochs": 3, **recipe}
+        model = train(make_config(settings), training, None, 10).model
         standard = name == "standard"
         radii = {"Linf": 0.08 if standard else 0.2, "L2": 1.0 if standard else 1.5}
         found.append(Subject(f"MNIST, {name}", model.eval(), test, radii))
