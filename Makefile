@@ -15,8 +15,10 @@ demo: export OMP_NUM_THREADS ?= 1
 demo: $(VENV)/installed
 	$(BIN)/emr demo
 
+# One process for each core; more threads in each would only get in each other's way.
+test: export OMP_NUM_THREADS ?= 1
 test: $(VENV)/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
 # The attacks against independent implementations, which pip 25.1 and later finds in pyproject.toml.
 test-independent: $(VENV)/installed
