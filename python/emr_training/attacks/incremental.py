@@ -77,6 +77,7 @@ class Incremental:
         self._program, self._model = program, model
         self._layers, self._rest, self._last = layers, rest, last
         self._total = sum(_operations(node, program.graph) for node in program.graph.body)
+        self._matrix = self._linear_of(program.bind(model, 1))
         self._held: list[Tensor] = []
         self._changed: list[tuple[Tensor, Tensor, Tensor]] = []
         self._rows = torch.empty(0)
@@ -166,11 +167,34 @@ class Incremental:
         self._changed.append((places, flat.index_select(0, places), new))
         flat.index_copy_(0, places, new)
 
+    def _linear_of(self, values: list[Any]) -> Tensor | None:
+        """The weight of a linear layer on the flattened images that comes next, in the order in which they are held."""
+        if len(self._rest) < 2 or not self._flattens:
+            return None
+        flat, linear = self._rest[:2]
+        readers = Counter(ref for node in self._rest for ref in node.refs())
+        channels, height, width = (size or 0 for size in self._program.graph.shapes[self._last][1:])
+        if linear.target is not aten.linear.default or linear.args[0] != Ref(flat.index) or readers[flat.index] != 1:
+            return None
+        weight: Tensor = resolve(linear.args[1:2], values)[0]
+        ordered = weight.view(len(weight), channels, height, width).permute(0, 2, 3, 1)
+        return ordered.reshape(len(weight), -1)
+
+    @property
+    def _flattens(self) -> bool:
+        node = self._rest[0]
+        return node.target is aten.flatten.using_ints and node.args == (Ref(self._last), 1, -1)
+
     def _finished(self, held: Tensor) -> Tensor:
         """The rest of the network."""
-        values = self._program.bind(self._model, len(held))
-        values[self._last] = held.permute(0, 3, 1, 2)
-        for node in self._rest:
+        values, rest = self._program.bind(self._model, len(held)), self._rest
+        if self._matrix is None:
+            values[self._last] = held.permute(0, 3, 1, 2)
+        else:
+            (bias,) = resolve(rest[1].args[2:], values)
+            values[rest[1].index] = nn.functional.linear(held.flatten(1), self._matrix, bias)
+            rest = rest[2:]
+        for node in rest:
             values[node.index] = node.call(*resolve(node.args, values))
         logits: Tensor = values[self._program.graph.output]
         return logits

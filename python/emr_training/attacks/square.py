@@ -188,22 +188,31 @@ class _Asked:
         if rows.numel() == 0:
             return better, fooled
         problem = self.problem
-        if rows.numel() < len(problem):
-            problem, candidate = problem.subset(rows), candidate[rows]
-        point = candidate.view_as(problem.x)
-        if problem.x.dim() == 4 and not problem.x.is_contiguous():
-            point = point.contiguous(memory_format=torch.channels_last)
         if self._holds:
-            logits = self._inside_logits(rows)
-            fooled[rows] = problem.fooled(point, logits)
+            logits, y = self._inside_logits(rows), problem.y[rows]
+            target = None if problem.target is None else problem.target[rows]
+            hit = rows[(logits.argmax(1) != y if target is None else logits.argmax(1) == target).nonzero().squeeze(1)]
+            if hit.numel():
+                # These are not the model's own numbers to the last bit.
+                _, fooled[hit] = problem.subset(hit).asked(self._laid_out(candidate[hit]))
         else:
-            logits, fooled[rows] = problem.asked(point)
-        value, _ = self._loss(logits, problem.y, problem.target)
-        value = value.to(self.value.dtype)
+            if rows.numel() < len(problem):
+                problem, candidate = problem.subset(rows), candidate[rows]
+            y, target = problem.y, problem.target
+            logits, fooled[rows] = problem.asked(self._laid_out(candidate))
+        value, _ = self._loss(logits, y, target)
+        value = value.to(self.value.dtype).nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
         better[rows] = (value > self.value[rows]) | fooled[rows]
-        value = value.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
         self.value[rows] = torch.maximum(self.value[rows], value)
         return better, fooled
+
+    def _laid_out(self, candidate: Tensor) -> Tensor:
+        """Candidates [m, C, H, W] in the shape and memory format of the images."""
+        x = self.problem.x
+        point = candidate.view(-1, *x.shape[1:])
+        if x.dim() == 4 and not x.is_contiguous():
+            return point.contiguous(memory_format=torch.channels_last)
+        return point
 
     def _inside_logits(self, rows: Tensor) -> Tensor:
         assert self._inside is not None and isinstance(self.proposals, Corners)
