@@ -24,7 +24,7 @@ test: $(VENV)/installed
 test-independent: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet "pip>=25.1"
 	$(BIN)/python -m pip install --quiet --no-deps --group attacks-reference
-	$(BIN)/python -m pytest tests/training/test_independent.py
+	$(BIN)/python -m pytest tests/training/test_independent.py tests/training/test_independent_ensemble.py
 
 # Needs nvcc, but neither a GPU nor a CUDA build of torch; says so where it skips.
 cuda-check: $(VENV)/installed
