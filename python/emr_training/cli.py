@@ -104,17 +104,15 @@ def evaluate(
     from emr_training import evaluation
     from emr_training.attacks import PGD
     from emr_training.checkpoint import load_checkpoint
-    from emr_training.data import load_digits
     from emr_training.reporting import environment, evaluation_table, write_json
+    from emr_training.training.command import load_splits
 
     attack = PGD(0.0, steps, restarts=restarts, seed=seed)
     if checkpoint.is_dir():
         best = checkpoint / "best.pt"
         checkpoint = best if best.is_file() else checkpoint / "last.pt"
     loaded = load_checkpoint(checkpoint)
-    if loaded.config.data.name != "digits":
-        raise ConfigError(f"data.name is {loaded.config.data.name!r}; expected 'digits'")
-    test = load_digits(loaded.config.trainer.seed).test
+    test = load_splits(loaded.config).test
     result = evaluation.evaluate(loaded.model, test, epsilon, attack)
     console.print(evaluation_table({loaded.config.method: result}, f"PGD-{steps}"))
     low, high = result.clean.interval()
@@ -123,7 +121,7 @@ def evaluate(
         low, high = accuracy.interval()
         intervals.append(f"ε = {radius:g} {100 * low:.1f} to {100 * high:.1f}%")
     console.print(
-        f"{len(test)} test digits, {restarts} restarts; 95% intervals: {', '.join(intervals)}",
+        f"{len(test)} test images, {restarts} restarts; 95% intervals: {', '.join(intervals)}",
         style="dim",
         highlight=False,
     )

@@ -56,7 +56,7 @@ def test_train_then_evaluate(run, tmp_path: Path, model: str) -> None:
     out = tmp_path / "evaluation.json"
     result = run("evaluate", str(tmp_path), "--epsilon", "0.1", "--steps", "3", "--output", str(out))
     assert result.exit_code == 0, result.output
-    assert "539 test digits, 10 restarts" in result.output and "ε = 0.1" in result.output
+    assert "539 test images, 10 restarts" in result.output and "ε = 0.1" in result.output
     test = json.loads(out.read_text())["test"]
     assert test["clean_accuracy"]["total"] == 539
     assert [entry["epsilon"] for entry in test["robust_accuracy"]] == [0.1]

@@ -101,7 +101,8 @@ def test_damaged_idx(tmp_path: Path, spoil: Callable[[Path], object], message: s
 
 
 def test_every_published_sum_names_a_file() -> None:
-    assert {len(sums) for sums in idx_module._SUMS.values()} == {4}
+    for sums in (idx_module._PACKED, idx_module._UNPACKED):
+        assert {len(one) for one in sums.values()} == {4}
 
 
 CIFAR = {

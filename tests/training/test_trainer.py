@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import os
 import signal
@@ -18,6 +19,7 @@ from emr_training.config import ConfigError, make_config, read_config
 from emr_training.data import Data, Splits
 from emr_training.evaluation import clean_accuracy
 from emr_training.training import EpochMetrics, TrainingDiverged, loop, train
+from emr_training.training.batches import make_order
 
 EMR = {"penalties.emr": {}}
 METHODS: dict[str, dict[str, Any]] = {
@@ -210,3 +212,60 @@ def test_sigterm_saves_and_ends(splits: Splits, tmp_path: Path) -> None:
 def test_batch_larger_than_the_data(splits: Splits) -> None:
     with pytest.raises(ConfigError, match=r"trainer.batch_size is 5000; expected at most 989"):
         train(config_of("standard", batch_size=5000), splits.train, None, 10)
+
+
+def test_bytes_and_augmentation_reach_the_model_as_images() -> None:
+    seen: list[torch.Tensor] = []
+    x = torch.randint(0, 256, (40, 1, 6, 6), dtype=torch.uint8)
+    data = Data(x, torch.arange(40) % 4)
+    options = {"model": "cnn", "defense": "standard", "trainer.epochs": 1, "trainer.batch_size": 20}
+    original = nn.Conv2d.forward
+
+    def recorded(self: nn.Conv2d, given: torch.Tensor) -> torch.Tensor:
+        if given.shape[1] == 1 and self.training:
+            seen.append(given.detach().clone())
+        return original(self, given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nn.Conv2d, "forward", recorded)
+        train(make_config(options), data, None, 4)
+        plain, seen = torch.cat(seen), []
+        train(make_config({**options, "data.augmentation.flip": True}), data, None, 4)
+    flipped, images = torch.cat(seen), x.float() / 255
+
+    def count(batch: torch.Tensor, among: torch.Tensor) -> int:
+        return sum(bool((among == image).flatten(1).all(1).any()) for image in batch)
+
+    assert count(plain, images) == 40
+    assert 5 < count(flipped, images) < 35
+    assert count(flipped, torch.cat([images, images.flip(3)])) == 40
+
+
+def test_further_images_fill_their_share_of_each_batch() -> None:
+    config = make_config({"trainer.batch_size": 10, "data.extra": "x.npz", "data.extra_fraction": 0.3})
+    order = make_order(config, 50, 7)
+    epochs = [list(order) for _ in range(2)]
+    for batches in epochs:
+        assert len(batches) == order.batches == 50 // 7
+        assert all((index < 50).sum() == 7 and (index >= 50).sum() == 3 for index in batches)
+        first = torch.cat([index[index < 50] for index in batches])
+        assert len(first.unique()) == len(first)
+    second = torch.cat([index[index >= 50] for batches in epochs for index in batches]) - 50
+    assert set(second.tolist()) == set(range(7))
+    with pytest.raises(ConfigError, match=r"data.extra_fraction is 0.3: 3 of 10 images of a batch, with 2 further"):
+        make_order(config, 50, 2)
+
+
+def test_a_mixture_goes_on_where_it_was() -> None:
+    config = make_config({"trainer.batch_size": 10, "data.extra": "x.npz", "data.extra_fraction": 0.3})
+    whole = make_order(config, 50, 7)
+    expected = [index for _ in range(2) for index in whole]
+    part = make_order(config, 50, 7)
+    begin = list(itertools.islice(part, 4))
+    state = part.state_dict()
+    rest = make_order(config, 50, 7)
+    rest.load_state_dict(state)
+    found = [*begin, *rest, *rest]
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)

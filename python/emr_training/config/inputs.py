@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from emr_training.config.section import Section
+from emr_training.errors import nearest
 
 DATA = ("digits", "mnist", "fashion-mnist", "cifar10", "cifar100", "npz", "folder")
 
@@ -17,20 +18,22 @@ class AugmentationConfig(Section):
     crop_padding: int = Field(0, ge=0, description="Pixels of zero padding before a random crop to the same size.")
     flip: bool = Field(False, description="Mirror half of the images.")
     cutout: int = Field(0, ge=0, description="Side of a square set to zero, in pixels.")
-    cutmix: bool = Field(False, description="Paste a window of another image, labels mixed by area.")
 
 
 class DataConfig(Section):
     """The data set, its validation split and its augmentation."""
 
-    name: Literal["digits", "mnist", "fashion-mnist", "cifar10", "cifar100", "npz", "folder"] = Field(
-        "digits", description="Data set; digits come with scikit-learn, the others are read from `root`."
+    name: str = Field(
+        "digits",
+        description=f"Data set: {', '.join(DATA)}, or package.module:factory. Digits come with scikit-learn, a factory "
+        "returns one Dataset or two, the others are read from `root`.",
     )
     root: str | None = Field(None, description="Folder of the original files; of npz the file; of folder the folder.")
     validation: int | float = Field(
         0.15, ge=0, description="Held out of the training set: a number of images, or a fraction below 1. 0: none."
     )
     augmentation: AugmentationConfig = Field(default_factory=AugmentationConfig)
+    checksums: bool = Field(True, description="Whether files with published MD5 sums have to have them.")
     extra: str | None = Field(None, description="An npz file of further training images.")
     extra_fraction: float = Field(0.0, ge=0, lt=1, description="Share of each batch that is taken from `extra`.")
 
@@ -38,6 +41,13 @@ class DataConfig(Section):
     @classmethod
     def _by_name(cls, value: Any) -> Any:
         return {"name": value} if isinstance(value, str) else value
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        if value not in DATA and ":" not in value:
+            raise ValueError(f"{nearest(value, list(DATA))}, or 'package.module:factory'")
+        return value
 
 
 class ModelConfig(Section):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,11 @@ import torch
 from emr_training.data.files import DataError
 from emr_training.data.splits import Data
 
+#: What reading a damaged file may raise.
+_DAMAGED = (
+    OSError, ValueError, EOFError, AttributeError, KeyError, TypeError, NotImplementedError,
+    zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
 _IMAGES = ("images", "image", "x")
 _LABELS = ("labels", "label", "y")
 
@@ -59,5 +65,5 @@ def load_npz(path: Path) -> tuple[Data, Data | None]:
             return train, _data(images, labels, path)
     except DataError:
         raise
-    except (OSError, ValueError, zipfile.BadZipFile, EOFError, AttributeError) as error:
+    except _DAMAGED as error:
         raise DataError(f"{path} is no readable .npz file: {error}") from None

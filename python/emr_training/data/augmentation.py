@@ -45,6 +45,11 @@ class Augmentation:
         check_count("crop_padding", self.crop_padding, low=0)
         check_count("cutout", self.cutout, low=0)
 
+    @property
+    def changes(self) -> bool:
+        """Whether there is anything to do."""
+        return bool(self.crop_padding or self.flip or self.cutout or self.cutmix)
+
     def __call__(self, x: Tensor, y: Tensor, generator: torch.Generator) -> Mixed:
         """Augment images x [N, C, H, W] (uint8, or floating point in [0, 1]); `generator` is on their device."""
         if self.crop_padding:

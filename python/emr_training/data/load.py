@@ -68,7 +68,7 @@ def load_data(
     elif root is None:
         raise ValueError(f"root is None with data {name!r}; expected where its files are")
     else:
-        train, test = _BY_NAME[name](name, _folder_of(name, Path(root)), checksums)
+        train, test = _BY_NAME[name](name, _folder_of(name, Path(root).expanduser()), checksums)
     if test is None:
         train, test = held_out(train, _TEST, seed)
         assert test is not None
@@ -76,10 +76,11 @@ def load_data(
         shapes = f"{list(train.x.shape[1:])} and {list(test.x.shape[1:])}"
         raise DataError(f"{name} has training and test images of {shapes}; expected one shape")
     train, held = held_out(train, validation, seed)
-    classes = 1 + max(int(part.y.max()) for part in (train, test))
+    classes = _CLASSES.get(name) or 1 + max(int(part.y.max()) for part in (train, test))
     return Splits(name, classes, train, held, test)
 
 
+_CLASSES = {"mnist": 10, "fashion-mnist": 10, "cifar10": 10, "cifar100": 100}
 _FOLDERS = {
     "mnist": ("mnist", "MNIST/raw"),
     "fashion-mnist": ("fashion-mnist", "FashionMNIST/raw"),

@@ -27,6 +27,17 @@ class Data:
     def __len__(self) -> int:
         return len(self.y)
 
+    def followed_by(self, other: Data) -> Data:
+        """These images and then the others, in this one's type. Raises ValueError for images of another shape."""
+        if other.x.shape[1:] != self.x.shape[1:]:
+            shapes = f"{list(other.x.shape[1:])}; expected {list(self.x.shape[1:])}"
+            raise ValueError(f"the further images have the shape {shapes}, that of the training images")
+        x = other.x
+        if x.dtype != self.x.dtype:
+            floats = as_floats(x)
+            x = (floats * 255).round().to(torch.uint8) if self.x.dtype is torch.uint8 else floats.to(self.x.dtype)
+        return Data(torch.cat([self.x, x.to(self.x.device)]), torch.cat([self.y, other.y.to(self.y.device)]))
+
     def images(self, rows: Tensor | slice = slice(None)) -> Tensor:
         """These images (all by default) as floating point in [0, 1]."""
         return as_floats(self.x[rows])

@@ -8,8 +8,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from emr_training.config import ConfigError, RunConfig
-from emr_training.data import Splits, load_digits
+from emr_training.config import RunConfig
+from emr_training.data import Splits, load_data, load_npz
 from emr_training.reporting import environment, metrics_line, write_json
 from emr_training.training.metrics import EpochMetrics
 from emr_training.training.trainer import TrainResult, train
@@ -17,9 +17,10 @@ from emr_training.training.trainer import TrainResult, train
 
 def load_splits(config: RunConfig) -> Splits:
     """The run's data set, split by its seed."""
-    if config.data.name != "digits":
-        raise ConfigError(f"data.name is {config.data.name!r}; expected 'digits'")
-    return load_digits(config.trainer.seed)
+    given = config.data
+    return load_data(
+        given.name, given.root, seed=config.trainer.seed, validation=given.validation, checksums=given.checksums
+    )
 
 
 class TrainingProgress:
@@ -68,6 +69,7 @@ def run(config: RunConfig, output: Path, console: Console, *, resume: bool = Fal
     """Train as `config` says, into `output`; returns what stopped the run early, if anything did."""
     splits = load_splits(config)
     selection = splits.test if config.evaluation.split == "test" else splits.validation
+    extra = None if config.data.extra is None else load_npz(Path(config.data.extra).expanduser())[0]
     progress = TrainingProgress(console, config)
     try:
         result = train(
@@ -75,6 +77,7 @@ def run(config: RunConfig, output: Path, console: Console, *, resume: bool = Fal
             splits.train,
             selection,
             splits.classes,
+            extra=extra,
             output=output,
             resume=resume,
             on_epoch=progress.on_epoch,

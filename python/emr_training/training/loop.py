@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from emr_training.checkpoint import save_checkpoint, write_atomically
 from emr_training.config import RunConfig, dump_config
-from emr_training.data import Data
+from emr_training.data import Augmentation, Data, as_floats
 from emr_training.defenses import Defense, Losses
 from emr_training.training.averaging import Average
-from emr_training.training.batches import Order
+from emr_training.training.batches import make_order
 from emr_training.training.build import make_defense, make_optimizer, make_penalties
 from emr_training.training.costs import Meter, penalty_passes
 from emr_training.training.metrics import EpochMetrics, MetricFiles
@@ -41,6 +41,7 @@ class Loop:
         data: Data,
         validation: Data | None,
         classes: int,
+        extra: Data | None,
         output: Path | None,
         on_epoch: Callable[[EpochMetrics], None] | None,
         on_step: Callable[[int, int, int], None] | None,
@@ -71,12 +72,11 @@ class Loop:
         self.defense = make_defense(config, tuple(self.penalties.values()), self.parts)
 
         # Streams of their own: batches come in the same order whether or not the method draws random starts.
-        self.order = Order(
-            len(data), trainer.batch_size, torch.Generator().manual_seed(trainer.seed), drop_last=trainer.drop_last
-        )
+        self.order = make_order(config, len(data), 0 if extra is None else len(extra))
         self.starts = torch.Generator(self.device).manual_seed(trainer.seed + _STRIDE * self.rank)
-        self.changes = torch.Generator(self.device).manual_seed(trainer.seed)
-        self.data = data.to(self.device)
+        self.changes = torch.Generator(self.device).manual_seed(trainer.seed + _STRIDE * self.rank + 1)
+        self.augmentation = Augmentation(**config.data.augmentation.model_dump())
+        self.data = (data if extra is None else data.followed_by(extra)).to(self.device)
         self.validation = None
         if validation is not None and len(validation):
             self.validation = Validation(config, validation.to(self.device), self.rank, self.world, self._sum)
@@ -213,14 +213,20 @@ class Loop:
     def _images(self) -> Iterator[Tensor]:
         """The training images, unchanged, in large batches."""
         for index in torch.arange(len(self.data)).split(max(self.config.trainer.batch_size, 256)):
-            yield self._batch(index)[0]
+            yield self._laid_out(self.data.images(index.to(self.device)))
 
     # Steps
 
     def _batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
         index = index.to(self.device)
-        x = self.data.x[index].to(self.dtype)
-        return x if self._format is None else x.contiguous(memory_format=self._format), self.data.y[index]
+        x, y = self.data.x[index], self.data.y[index]
+        if self.augmentation.changes and x.dim() == 4:
+            x, y, *_ = self.augmentation(x, y, self.changes)
+        return self._laid_out(as_floats(x)), y
+
+    def _laid_out(self, x: Tensor) -> Tensor:
+        x = x.to(self.dtype)
+        return x if self._format is None else x.contiguous(memory_format=self._format)
 
     def _train_on(self, defense: Defense, index: Tensor) -> None:
         """One update from the whole batch `index`, of which this process runs its share."""

@@ -55,6 +55,7 @@ def train(
     validation: Data | None,
     classes: int,
     *,
+    extra: Data | None = None,
     output: Path | None = None,
     resume: bool = False,
     on_epoch: Callable[[EpochMetrics], None] | None = None,
@@ -74,9 +75,10 @@ def train(
     signal.
 
     Args:
-        config: the run; of its sections only `data` is not looked at, but for augmentation.
+        config: the run; of its section `data` only augmentation and extra_fraction are looked at.
         data, validation: images and labels.
         classes: how many.
+        extra: further training images, of which each batch takes data.extra_fraction.
         output: folder of the run; None: nothing is written.
         resume: go on from output/state.pt.
         on_epoch: called with each epoch's metrics, in the first process.
@@ -106,7 +108,7 @@ def train(
         stack.enter_context(_matmul_precision("high" if trainer.precision == "tf32" else None))
         stop = stack.enter_context(StopSignal())
         model = make_model(config, data.x.shape[1:], classes)
-        loop = Loop(config, fabric, model, data, validation, classes, output, on_epoch, on_step)
+        loop = Loop(config, fabric, model, data, validation, classes, extra, output, on_epoch, on_step)
         with counting(loop.meter.tally):
             try:
                 loop.prepare(resume)
