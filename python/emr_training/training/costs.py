@@ -41,7 +41,7 @@ class Costs:
 class Meter:
     """Measures `Costs` from its making on, on top of those of an earlier part of the run.
 
-    The counts are of this process; the processes of a distributed run have equal shares.
+    Passes are counted in this process; those of a distributed run have equal shares, but for short batches.
     """
 
     def __init__(self, device: torch.device, devices: int, before: Costs | None = None) -> None:
@@ -66,7 +66,7 @@ class Meter:
             seconds=before.seconds + seconds,
             device_seconds=before.device_seconds + seconds * devices,
             peak_memory_bytes=max(before.peak_memory_bytes, _peak_memory(self._device)),
-            images=before.images + self.images * devices,
+            images=before.images + self.images,
             forwards=before.forwards + self.tally.forwards * devices,
             backwards=before.backwards + self.tally.backwards * devices,
         )

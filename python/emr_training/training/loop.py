@@ -79,7 +79,10 @@ class Loop:
         self.data = (data if extra is None else data.followed_by(extra)).to(self.device)
         self.validation = None
         if validation is not None and len(validation):
-            self.validation = Validation(config, validation.to(self.device), self.rank, self.world, self._sum)
+            held_out = validation.to(self.device)
+            if self.dtype is torch.float64:
+                held_out = Data(held_out.images().double(), held_out.y)
+            self.validation = Validation(config, held_out, self.rank, self.world, self._sum)
         self.steps = trainer.epochs * self.order.batches
         self.watch = LossWatch(1 if self.device.type == "cpu" else 16)
         self.files: MetricFiles | None = None
@@ -231,25 +234,25 @@ class Loop:
     def _train_on(self, defense: Defense, index: Tensor) -> None:
         """One update from the whole batch `index`, of which this process runs its share."""
         trainer = self.config.trainer
-        # A short batch that does not divide is cut to what does.
-        count = len(index) // self.parts * self.parts
-        index = index[:count] if self.parts > 1 else index
-        if not len(index):
+        if len(index) < self.parts:
+            # A short batch that leaves a process without an image.
             self.step += 1
             return
         self._set_rate_and_strengths(len(index))
-        mine = index.chunk(self.world)[self.rank] if self.world > 1 else index
+        mine = index.tensor_split(self.world)[self.rank]
         terms: dict[str, Tensor] = {}
         self.optimizer.zero_grad()
-        for part, chunk in enumerate(mine.chunk(trainer.accumulate)):
+        for part, chunk in enumerate(mine.tensor_split(trainer.accumulate)):
+            # Means over parts of different sizes make up the mean of the batch; 1 where all are alike.
+            weight = len(chunk) * self.parts / len(index)
             last = part == trainer.accumulate - 1
             alone = self.world == 1 or last
             with nullcontext() if alone else self.fabric.no_backward_sync(self.wrapped):
                 losses = self._losses(defense, chunk, index)
-                self.fabric.backward(losses.total / trainer.accumulate)
+                self.fabric.backward(losses.total * (weight / trainer.accumulate))
             for name, term in losses.terms.items():
                 value = term.detach()
-                terms[name] = terms.get(name, 0) + value / trainer.accumulate
+                terms[name] = terms.get(name, 0) + value * (weight / trainer.accumulate)
                 self.sums[name] = self.sums.get(name, 0) + value.double() * len(chunk)
         bad = self.watch.add(self.epoch, self.step + 1, index, terms)
         if self._agreed(bad is not None):
@@ -260,7 +263,7 @@ class Loop:
         if self.average is not None:
             self.average.after_step(self.epoch)
         self.step += 1
-        self.meter.images += len(mine)
+        self.meter.images += len(index)
         self._report(terms, len(index))
 
     def _losses(self, defense: Defense, chunk: Tensor, index: Tensor) -> Losses:
