@@ -1,5 +1,6 @@
 """Small classifiers by name."""
 
 from emr_training.models.registry import MODELS, build_model
+from emr_training.models.weights import load_weights
 
-__all__ = ["MODELS", "build_model"]
+__all__ = ["MODELS", "build_model", "load_weights"]

@@ -1,0 +1,99 @@
+"""Weights of published checkpoints: every usual way of storing them, and faults told by name."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from emr_training.models import build_model, load_weights
+from emr_training.models.weights import read_weights
+
+Weights = dict[str, Tensor]
+
+
+def wide() -> nn.Module:
+    return build_model("wrn-10-1", (3, 8, 8), 10)
+
+
+def prefixed(weights: Weights, prefix: str) -> Weights:
+    return {prefix + name: tensor for name, tensor in weights.items()}
+
+
+WAYS: dict[str, Callable[[Weights], Any]] = {
+    "plain": lambda w: w,
+    "DataParallel": lambda w: prefixed(w, "module."),
+    "nested": lambda w: {"state_dict": prefixed(w, "module."), "epoch": 3},
+    "compiled": lambda w: {"model_state_dict": prefixed(w, "_orig_mod."), "best": 0.5},
+    "behind a normalisation": lambda w: {"net": prefixed(w, "module.model."), "acc": 80.0},
+    "unused block": lambda w: {**w, "sub_block1.layer.0.bn1.weight": torch.ones(16)},
+    "no counters": lambda w: {n: t for n, t in w.items() if not n.endswith("num_batches_tracked")},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_ways_of_storing(tmp_path: Path, way: str) -> None:
+    source = wide()
+    torch.save(WAYS[way](source.state_dict()), tmp_path / "some.pt")
+    model = load_weights(wide(), tmp_path / "some.pt")
+    x = torch.rand(2, 3, 8, 8)
+    assert torch.equal(model.eval()(x), source.eval()(x))
+
+
+def test_safetensors(tmp_path: Path) -> None:
+    safetensors = pytest.importorskip("safetensors.torch")
+    source = wide()
+    safetensors.save_file(source.state_dict(), tmp_path / "some.safetensors")
+    model = load_weights(wide(), tmp_path / "some.safetensors")
+    assert torch.equal(model.fc.weight, source.fc.weight)
+
+
+def test_a_key_of_ones_own(tmp_path: Path) -> None:
+    source = wide()
+    torch.save({"ema": source.state_dict(), "state_dict": wide().state_dict()}, tmp_path / "some.pt")
+    assert torch.equal(load_weights(wide(), tmp_path / "some.pt", "ema").fc.weight, source.fc.weight)
+    with pytest.raises(ValueError, match="has no weights under 'swa'; it holds ema, state_dict"):
+        read_weights(tmp_path / "some.pt", "swa")
+
+
+class Evil:
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.system, ("touch pwned",)
+
+
+def test_nothing_is_executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state_dict": Evil()}, "evil.pt")
+    with pytest.raises(ValueError, match=r"evil.pt is not a checkpoint of tensors alone"):
+        read_weights("evil.pt")
+    assert not Path("pwned").exists()
+
+
+def test_faults(tmp_path: Path) -> None:
+    source = wide().state_dict()
+    path = tmp_path / "some.pt"
+    model = wide()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    torch.save({n: t for n, t in source.items() if n != "fc.bias"}, path)
+    with pytest.raises(ValueError, match=r"1 of the model's tensors are not in it \(fc.bias\)"):
+        load_weights(model, path)
+    torch.save({**source, "head.weight": torch.ones(3)}, path)
+    with pytest.raises(ValueError, match=r"the model has no head.weight \(1 such\)"):
+        load_weights(model, path)
+    torch.save({**source, "fc.weight": torch.ones(100, 64)}, path)
+    with pytest.raises(ValueError, match=r"fc.weight is \[100, 64\], expected \[10, 64\]"):
+        load_weights(model, path)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    torch.save([1, 2], path)
+    with pytest.raises(ValueError, match="holds no tensors by name"):
+        load_weights(model, path)
+    path.write_bytes(path.read_bytes()[:50])
+    with pytest.raises(ValueError, match="is not a checkpoint of tensors alone"):
+        load_weights(model, path)
+    with pytest.raises(FileNotFoundError, match="no checkpoint at"):
+        load_weights(model, tmp_path / "none.pt")
