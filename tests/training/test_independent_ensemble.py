@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from emr_training.trainer import train
 from torch import Tensor, nn
 
 from emr_training.attacks import APGD, APGDT, FAB, AutoAttack, Square
 from emr_training.attacks.balls import NORMS, distance
 from emr_training.config import make_config
 from emr_training.data import Data, Splits
+from emr_training.training import train
 
 pyautoattack = pytest.importorskip("pyautoattack", reason="not installed; `make test-independent` does so")
 from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted  # noqa: E402
@@ -23,9 +23,9 @@ from pyautoattack.square import SquareAttack  # noqa: E402
 pytestmark = pytest.mark.filterwarnings("ignore:there are .* points with zero gradient")
 
 METHODS: dict[str, dict[str, Any]] = {
-    "standard": {"epochs": 10},
-    "at": {"method": "at", "epochs": 8},
-    "at-emr": {"method": "at-emr", "epochs": 8, "strength": 1.0},
+    "standard": {"trainer.epochs": 10},
+    "at": {"defense": "at", "trainer.epochs": 8},
+    "at-emr": {"defense": "at", "trainer.epochs": 8, "penalties.emr.strength": 1.0},
 }
 EPSILON = {"Linf": 0.1, "L2": 0.5, "L1": 1.5}
 SEEDS = range(3)
