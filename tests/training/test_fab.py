@@ -190,3 +190,13 @@ def test_a_model_without_slope_is_left_alone() -> None:
 def test_bad_settings(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         FABT(**options)
+
+
+@pytest.mark.parametrize("kind", [FAB, FABT])
+def test_a_gradient_that_is_one_number_in_memory(kind: type[FAB]) -> None:
+    class Constant(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.eye(3)[:1] + 0 * x.sum()
+
+    x, y = torch.rand(1, 1, 2, 2), torch.zeros(1, dtype=torch.int64)
+    assert torch.equal(kind(0.1, steps=2, engine="autograd")(Constant(), x, y), x)

@@ -122,7 +122,7 @@ class FAB(Attack):
             # The classes in order, without the label.
             rival = place + (y <= place).long() if goal is None else goal
             seed = torch.zeros_like(at.logits).scatter_(1, rival[:, None], 1.0).scatter_(1, y[:, None], -1.0)
-            w = at.vjp(seed).nan_to_num_(nan=0.0).flatten(1).to(problem.x.dtype)
+            w = at.vjp(seed).nan_to_num(nan=0.0).flatten(1).to(problem.x.dtype)
             problem.classifier.backwards += len(problem)
             gap = (at.logits * seed).sum(1).to(problem.x.dtype)
             if goal is not None:
