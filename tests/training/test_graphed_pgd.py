@@ -100,6 +100,21 @@ def test_labels_are_checked_at_replays(normed: nn.Module, batch: Data, acted_out
         GRAPHED(normed, batch.x[:8], torch.full((8,), 10))
 
 
+def test_a_loop_that_cannot_be_captured_runs_without_a_graph(
+    normed: nn.Module, batch: Data, acted_out: type[Replay], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tries = []
+
+    def refuse(run: Callable[[], Tensor], device: torch.device) -> tuple[Any, Tensor]:
+        tries.append(run)
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(graphed, "record", refuse)
+    for _ in range(2):
+        assert torch.equal(GRAPHED(normed, batch.x, batch.y), ATTACK(normed, batch.x, batch.y))
+    assert len(tries) == 1
+
+
 @needs_cuda
 def test_on_a_gpu_it_replays(normed: nn.Module, batch: Data) -> None:
     model = copy.deepcopy(normed).cuda()

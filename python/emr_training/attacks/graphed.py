@@ -36,7 +36,8 @@ class _Captured:
         return self.result.clone()
 
 
-_GRAPHS: weakref.WeakKeyDictionary[nn.Module, OrderedDict[Hashable, _Captured]] = weakref.WeakKeyDictionary()
+#: None where a capture failed.
+_GRAPHS: weakref.WeakKeyDictionary[nn.Module, OrderedDict[Hashable, _Captured | None]] = weakref.WeakKeyDictionary()
 
 
 def run_as_graph(attack: Hashable, problem: Problem, start: Tensor, loop: Loop) -> Tensor | None:
@@ -50,12 +51,14 @@ def run_as_graph(attack: Hashable, problem: Problem, start: Tensor, loop: Loop) 
     model = unwrap(problem.classifier.model)  # type: ignore[arg-type]
     kept = _GRAPHS.setdefault(model, OrderedDict())
     key = _key(attack, problem, model)
-    captured = kept.get(key)
-    if captured is None:
-        captured = kept[key] = _capture(problem, start, loop)
+    if key not in kept:
+        kept[key] = _capture(problem, start, loop)
         if len(kept) > CAPACITY:
             kept.popitem(last=False)
     kept.move_to_end(key)
+    captured = kept[key]
+    if captured is None:
+        return None
     for name, labels in (("y", problem.y), ("target", problem.target)):
         if labels is not None and int(labels.max()) >= captured.classes:
             most = f"expected labels below the model's {captured.classes} classes"
@@ -90,12 +93,16 @@ def _key(attack: Hashable, problem: Problem, model: nn.Module) -> Hashable:
     return attack, problem.x.device, given, fixed, autocast, precision, torch.are_deterministic_algorithms_enabled()
 
 
-def _capture(problem: Problem, start: Tensor, loop: Loop) -> _Captured:
+def _capture(problem: Problem, start: Tensor, loop: Loop) -> _Captured | None:
     logits = problem.logits(problem.x)  # checks them, which cannot be done inside
     inputs = [tensor.clone(memory_format=torch.preserve_format) for tensor in _inputs(problem, start)]
     begin, x, y, *target = inputs
     # Parameters change between replays: nothing that follows from them may be computed once.
     held = problem.classifier.unfrozen()
     inside = replace(problem, classifier=held, x=x, y=y, target=target[0] if target else None)
-    graph, result = record(lambda: loop(inside, begin), problem.x.device)
+    try:
+        graph, result = record(lambda: loop(inside, begin), problem.x.device)
+    except RuntimeError:
+        # Something in the loop cannot be captured. What else may be wrong shows when it runs without a graph.
+        return None
     return _Captured(graph, inputs, result, logits.shape[1])
