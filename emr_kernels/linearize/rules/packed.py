@@ -1,8 +1,7 @@
 """Convolutions by a weight that stays what it is: kept in the layout that oneDNN works in.
 
 `aten::convolution` brings the weight into that layout at every call, on one thread for the small ones and between two
-waits for all threads; for wide layers at small batches that is a tenth and more of the call. The results are the same
-to the bit.
+waits for all threads; for wide layers at small batches that is a tenth and more of the call.
 """
 
 from __future__ import annotations
