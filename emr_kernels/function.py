@@ -10,7 +10,8 @@ import torch
 
 from emr_kernels.directions import seed_derivative, seeds
 from emr_kernels.linearize.chain import find_chain
-from emr_kernels.linearize.program import Point, Program
+from emr_kernels.linearize.point import Point
+from emr_kernels.linearize.program import Program
 from emr_kernels.once import differentiable_once
 from emr_kernels.ops import sq_norms
 from emr_kernels.options import PenaltyOptions

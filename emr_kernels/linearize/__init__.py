@@ -9,7 +9,8 @@ from emr_kernels.checks import check_input
 from emr_kernels.linearize.cache import find_program, forget
 from emr_kernels.linearize.chain import Chain, find_chain
 from emr_kernels.linearize.export import UnsupportedModelError
-from emr_kernels.linearize.program import Point, Program
+from emr_kernels.linearize.point import Point
+from emr_kernels.linearize.program import Program
 from emr_kernels.linearize.wrappers import unwrap
 
 __all__ = ["Linearization", "LinearizedPoint", "UnsupportedModelError", "forget", "linearize"]

@@ -15,7 +15,8 @@ import torch
 
 from emr_kernels import ops
 from emr_kernels.linearize.graph import Graph
-from emr_kernels.linearize.program import Point, Program
+from emr_kernels.linearize.point import Point
+from emr_kernels.linearize.program import Program
 from emr_kernels.linearize.rules import GenericRule
 from emr_kernels.linearize.rules.activations import HardtanhRule, ReluRule
 from emr_kernels.linearize.rules.arithmetic import NegationRule, ProductRule, QuotientRule, SumOfTwoRule

@@ -20,28 +20,17 @@ from typing import Any
 import torch
 from torch import nn
 
+from emr_kernels.linearize.folding import linear_residual, unfolded
 from emr_kernels.linearize.fusion import fuse
-from emr_kernels.linearize.graph import Binding, Graph, resolve
+from emr_kernels.linearize.graph import Graph, resolve
 from emr_kernels.linearize.plan import Plan, Planner
+from emr_kernels.linearize.point import Point
 from emr_kernels.linearize.rules import GenericRule, Rule
-from emr_kernels.linearize.rules.convolution import BilinearRule
-from emr_kernels.linearize.rules.normalization import AffineReluRule
+from emr_kernels.linearize.values import add, cast, dtype_of, look_up
 from emr_kernels.linearize.wrappers import ordinary, ordinary_tensors
 
 #: (logits, their tangent) -> the derivative of ⟨seed, tangent⟩ in the logits.
 SeedDerivative = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-
-
-class Point:
-    """The linear map at one input: what the forward left for the other passes."""
-
-    def __init__(self, plan: Plan, size: int, calls: int) -> None:
-        self.plan = plan
-        self.residuals: list[Any] = [None] * calls
-        self.dtypes: list[Any] = [None] * size
-        self.operand_dtypes: list[torch.dtype | None] = [None] * calls
-        self.device_type = "cpu"
-        self.logits = torch.empty(0)
 
 
 class Program:
@@ -88,7 +77,7 @@ class Program:
         """
         values: list[Any] = [None] * self.graph.size
         for binding, path in self._paths:
-            values[binding.index] = _look_up(model, binding, path)
+            values[binding.index] = look_up(model, binding, path)
         for index, extent in self.graph.extents.items():
             values[index] = extent(batch)
         with ordinary_tensors():
@@ -120,7 +109,7 @@ class Program:
                 args = resolve(node.args, values)
                 if enabled and (rule.matmul or rule.full_precision):
                     operands = low if rule.matmul else torch.float32
-                    args = tuple(_cast(arg, operands) for arg in args)
+                    args = tuple(cast(arg, operands) for arg in args)
                     point.operand_dtypes[place] = operands
                 if place in self._to_freeze:
                     self._to_freeze.discard(place)
@@ -134,28 +123,11 @@ class Program:
                 else:
                     output, point.residuals[place] = rule.forward(args, plan.needs_primal[place])
                 values[node.index] = output
-                point.dtypes[node.index] = _dtype(output)
+                point.dtypes[node.index] = dtype_of(output)
                 for ref in self.planner.releases[place]:
                     values[ref] = None
         point.logits = values[graph.output]
         return point
-
-    def _linear(self, point: Point, place: int) -> Any:
-        """A call's residual as the linear passes use it: BatchNorm scales moved into the layers around them."""
-        residual, plan = point.residuals[place], point.plan
-        rule = self.rules[place]
-        if place in plan.folded:
-            assert isinstance(rule, AffineReluRule)
-            return rule.unscaled(residual)
-        if place in plan.folding:
-            assert isinstance(rule, BilinearRule)
-            return rule.scaled(residual, self._scales(point, place))
-        return residual
-
-    def _scales(self, point: Point, place: int) -> list[tuple[torch.Tensor, bool]]:
-        """The BatchNorm scales that a layer applies, and whether it reads that BatchNorm (else: feeds it)."""
-        norms = point.plan.folding[place]
-        return [(point.residuals[norm].affine.scale, self.planner.scale_sources[norm].reads) for norm in norms]
 
     def _laid_out(self, x: torch.Tensor) -> torch.Tensor:
         """x in the memory format that the convolution library is fastest in."""
@@ -196,7 +168,7 @@ class Program:
                 if not any(ref in self.planner.tapped for ref in rule.node.active):
                     continue
                 free = index in owned and not stays and index not in self.taps
-                residual = self._linear(point, place)
+                residual = linear_residual(self.rules, self.planner, point, place)
                 if len(rule.node.active) == 1 and isinstance(cotangents[rule.node.active[0]], torch.Tensor):
                     (ref,) = rule.node.active
                     total = rule.vjp_onto(residual, cotangent, cotangents[ref], free)
@@ -209,7 +181,7 @@ class Program:
                     if grad is not None and ref in self.planner.tapped:
                         if rule.fresh or cotangents[ref] is not None:
                             owned.add(ref)
-                        cotangents[ref] = _add(cotangents[ref], grad, point.dtypes[ref], rule.fresh)
+                        cotangents[ref] = add(cotangents[ref], grad, point.dtypes[ref], rule.fresh)
         if self.graph.input in self.taps and cotangents[self.graph.input] is not None:
             at_taps[self.graph.input] = cotangents[self.graph.input]
         return [at_taps.get(tap) for tap in self.taps], kept
@@ -221,11 +193,11 @@ class Program:
             for place, rule in enumerate(self.rules):
                 given = self._operands(point, place, flow)
                 if any(t is not None for t in given):
-                    out = rule.jvp(self._linear(point, place), given)
+                    out = rule.jvp(linear_residual(self.rules, self.planner, point, place), given)
                     index = rule.node.index
                     if out is None:
                         continue
-                    flow[index] = _add(flow[index], out, point.dtypes[index], False)
+                    flow[index] = add(flow[index], out, point.dtypes[index], False)
         return flow[self.graph.output]
 
     def _injected(self, point: Point, tangents: Sequence[torch.Tensor | None]) -> list[Any]:
@@ -234,13 +206,13 @@ class Program:
             if tangent is not None:
                 laid_out = self._laid_out(ordinary(tangent)) if tap == self.graph.input else ordinary(tangent)
                 # Two names may stand for one value.
-                flow[tap] = _add(flow[tap], laid_out, point.dtypes[tap], False)
+                flow[tap] = add(flow[tap], laid_out, point.dtypes[tap], False)
         return flow
 
     def _operands(self, point: Point, place: int, flow: list[Any]) -> tuple[Any, ...]:
         tangents = tuple(flow[ref] for ref in self.rules[place].node.active)
         dtype = point.operand_dtypes[place]
-        return tangents if dtype is None else tuple(_cast(t, dtype) for t in tangents)
+        return tangents if dtype is None else tuple(cast(t, dtype) for t in tangents)
 
     def pull_back(
         self,
@@ -273,26 +245,29 @@ class Program:
                 cotangent, kept[place] = kept[place], None
                 moving = any(t is not None for t in given)
                 if moving and cotangent is not None:
-                    result = rule.second_order(
-                        self._linear(point, place), cotangent, given, plan.wanted[place], plan.needs_tangent[place]
-                    )
+                    residual = linear_residual(self.rules, self.planner, point, place)
+                    wanted, onwards = plan.wanted[place], plan.needs_tangent[place]
+                    result = rule.second_order(residual, cotangent, given, wanted, onwards)
                     out = result.tangent
-                    self._collect(grads, place, self._unfolded(grads, point, place, result.param_grads))
+                    scaled = unfolded(self.rules, self.planner, point, place, result.param_grads)
+                    self._collect(grads, place, scaled.layer)
+                    for leaf, grad in scaled.norms:
+                        self._add_to(grads, leaf, grad)
                     for ref, term in zip(node.active, result.adjoint, strict=True):
                         if term is not None:
-                            adjoints[ref] = _add(adjoints[ref], term, point.dtypes[ref], False)
+                            adjoints[ref] = add(adjoints[ref], term, point.dtypes[ref], False)
                 elif moving and plan.needs_tangent[place]:
-                    out = rule.jvp(self._linear(point, place), given)
+                    out = rule.jvp(linear_residual(self.rules, self.planner, point, place), given)
                 else:
                     out = None
                 if out is not None:
-                    flow[node.index] = _add(flow[node.index], out, point.dtypes[node.index], False)
+                    flow[node.index] = add(flow[node.index], out, point.dtypes[node.index], False)
                 for ref in self.planner.releases[place]:
                     flow[ref] = None
             output = self.graph.output
             if seed_derivative is not None and flow[output] is not None:
                 bend = seed_derivative(point.logits, flow[output])
-                adjoints[output] = _add(adjoints[output], bend, point.dtypes[output], False)
+                adjoints[output] = add(adjoints[output], bend, point.dtypes[output], False)
             del flow
             if any(a is not None for a in adjoints):
                 self._carry_back(point, adjoints, grads, wants_input)
@@ -336,31 +311,7 @@ class Program:
                 if term is not None:
                     if rule.fresh or adjoints[ref] is not None:
                         owned.add(ref)
-                    adjoints[ref] = _add(adjoints[ref], term, point.dtypes[ref], rule.fresh)
-
-    def _unfolded(
-        self, grads: list[torch.Tensor | None], point: Point, place: int, found: Sequence[torch.Tensor | None]
-    ) -> Sequence[torch.Tensor | None]:
-        """A layer's gradients without the scales folded into it, whose own gradients are added to `grads`."""
-        norms = point.plan.folding.get(place)
-        if norms is None:
-            return found
-        layer = self.rules[place]
-        assert isinstance(layer, BilinearRule) and layer.weight_place is not None
-        residual = point.residuals[place]
-        weight_grad = found[layer.weight_place]
-        assert weight_grad is not None
-        factors = [(layer.spread(residual, scale, reads), reads) for scale, reads in self._scales(point, place)]
-        products = residual.weight.to(torch.promote_types(residual.weight.dtype, torch.float32)) * weight_grad
-        for norm, (_, reads) in zip(norms, factors, strict=True):
-            others = [factor for factor, side in factors if side != reads]
-            weighted = products * others[0] if others else products
-            leaf = point.plan.folded[norm]
-            inverse_std = point.residuals[norm].affine.inverse_std
-            self._add_to(grads, leaf, layer.channel_sums(residual, weighted, reads) * inverse_std)
-        for factor, _ in factors:
-            weight_grad = weight_grad * factor
-        return [weight_grad if i == layer.weight_place else grad for i, grad in enumerate(found)]
+                    adjoints[ref] = add(adjoints[ref], term, point.dtypes[ref], rule.fresh)
 
     @staticmethod
     def _add_to(grads: list[torch.Tensor | None], leaf: int, grad: torch.Tensor) -> None:
@@ -371,45 +322,3 @@ class Program:
         for ref, grad in zip(self.rules[place].node.weights, found, strict=True):
             if grad is not None:
                 self._add_to(grads, self.planner.leaf_place[ref], grad)
-
-
-_AUTOCAST_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-def _look_up(model: nn.Module, binding: Binding, path: list[str]) -> torch.Tensor:
-    value: Any = model
-    for part in path:
-        value = getattr(value, part, None)
-    if isinstance(value, torch.Tensor):
-        return value
-    if binding.constant is None:
-        raise AttributeError(f"the model no longer has {binding.name!r}; call refresh() after changing its structure")
-    return binding.constant
-
-
-def _dtype(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.dtype
-    return tuple(_dtype(v) for v in value) if isinstance(value, (tuple, list)) else None
-
-
-def _cast(value: Any, dtype: torch.dtype) -> Any:
-    if isinstance(value, torch.Tensor) and value.dtype in _AUTOCAST_DTYPES and value.dtype != dtype:
-        return value.to(dtype)
-    return value
-
-
-def _add(held: Any, new: Any, dtype: Any, fresh: bool) -> Any:
-    """held + new in the value's dtype; for operators with several outputs, output by output."""
-    if isinstance(new, (tuple, list)):
-        olds = held or (None,) * len(new)
-        dtypes = dtype if isinstance(dtype, tuple) else (dtype,) * len(new)
-        return tuple(
-            old if part is None else _add(old, part, kind, False)
-            for old, part, kind in zip(olds, new, dtypes, strict=True)
-        )
-    if new.dtype != dtype:
-        new = new.to(dtype)
-    if held is None:
-        return new
-    return new.add_(held) if fresh else held + new
