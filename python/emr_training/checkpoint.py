@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from emr_training.config import ConfigError, RunConfig, make_config
+from emr_training.importing import is_import_path
 
 FORMAT = 2
 
@@ -144,10 +145,13 @@ def save_checkpoint(
     save_payload(path, payload)
 
 
-def load_checkpoint(path: Path) -> Checkpoint:
+def load_checkpoint(path: Path, *, trust: bool = False) -> Checkpoint:
     """Rebuild the model saved at `path`, on the CPU.
 
-    Raises FileNotFoundError, or CheckpointError naming the fault. Nothing in the file is executed.
+    trust: import and call what the file names as its model, where that is an import path (`os.system` is one, too).
+    Otherwise nothing that the file holds or names is executed.
+
+    Raises FileNotFoundError, or CheckpointError naming the fault.
     """
     from emr_training.training.build import make_model
 
@@ -158,7 +162,18 @@ def load_checkpoint(path: Path) -> Checkpoint:
         config = make_config(payload["config"])
     except ConfigError as error:
         raise CheckpointError(f"{path} holds settings that are not known here: {error}") from None
+    if not trust:
+        check_trusted(path, "model", config.model.name)
     with torch.random.fork_rng(devices=[]):
         model = make_model(config, payload["input_shape"], payload["classes"])
     model.load_state_dict(payload["state_dict"])
     return Checkpoint(model.eval(), config, payload["metrics"])
+
+
+def check_trusted(path: Path, what: str, name: str) -> None:
+    """Raise CheckpointError if the file at `path` names a callable to import as its `what`."""
+    if is_import_path(name):
+        raise CheckpointError(
+            f"{path} has {name} as its {what}, which is code to import and call; expected --trust (trust=True), to be "
+            "given if the file is from somebody you trust"
+        )

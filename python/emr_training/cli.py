@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -99,6 +100,7 @@ def evaluate(
     restarts: Annotated[int, typer.Option(min=1, help="PGD restarts.")] = 10,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the attack's random starts.")] = 0,
     output: Annotated[Path | None, typer.Option(help="Also write the results to this JSON file.")] = None,
+    trust: Annotated[bool, typer.Option("--trust", help="Import the model that the checkpoint names.")] = False,
 ) -> None:
     """Report a checkpoint's clean and robust accuracy and effective margins on its test split."""
     from emr_training import evaluation
@@ -111,7 +113,7 @@ def evaluate(
     if checkpoint.is_dir():
         best = checkpoint / "best.pt"
         checkpoint = best if best.is_file() else checkpoint / "last.pt"
-    loaded = load_checkpoint(checkpoint)
+    loaded = load_checkpoint(checkpoint, trust=trust)
     test = load_splits(loaded.config).test
     result = evaluation.evaluate(loaded.model, test, epsilon, attack)
     console.print(evaluation_table({loaded.config.method: result}, f"PGD-{steps}"))
@@ -149,6 +151,9 @@ def info() -> None:
 
 def main() -> None:
     """Entry point of the `emr` command: faults of the user's input end in one line each and exit status 2."""
+    # A user's own models and data sets, by their import paths; last, so that nothing there hides an installed package.
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
     try:
         app()
     except (ValueError, OSError, ArithmeticError) as error:

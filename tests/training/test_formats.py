@@ -256,7 +256,7 @@ def test_datasets_of_the_user() -> None:
     splits = load_data("test_formats:make_pair", validation=0.5)
     assert [len(part) for part in (splits.train, splits.held, splits.test)] == [10, 10, 20]
     assert len(load_data("test_formats:make_dataset", validation=0).test) == 4
-    with pytest.raises(ValueError, match=r"expected a callable as 'package.module:factory'"):
+    with pytest.raises(ValueError, match=r"expected a callable as 'package.module:callable'"):
         load_data("test_formats:nothing")
 
 

@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from emr_training.config.section import Section
 from emr_training.errors import nearest
+from emr_training.importing import is_import_path
 
 DATA = ("digits", "mnist", "fashion-mnist", "cifar10", "cifar100", "npz", "folder")
 
@@ -25,8 +26,8 @@ class DataConfig(Section):
 
     name: str = Field(
         "digits",
-        description=f"Data set: {', '.join(DATA)}, or package.module:factory. Digits come with scikit-learn, a factory "
-        "returns one Dataset or two, the others are read from `root`.",
+        description=f"Data set: {', '.join(DATA)}, or package.module:callable that returns one or two Datasets. Digits "
+        "come with scikit-learn, the others are read from `root`.",
     )
     root: str | None = Field(None, description="Folder of the original files; of npz the file; of folder the folder.")
     validation: int | float = Field(
@@ -45,8 +46,8 @@ class DataConfig(Section):
     @field_validator("name")
     @classmethod
     def _known(cls, value: str) -> str:
-        if value not in DATA and ":" not in value:
-            raise ValueError(f"{nearest(value, list(DATA))}, or 'package.module:factory'")
+        if value not in DATA and not is_import_path(value):
+            raise ValueError(f"{nearest(value, list(DATA))}, or 'package.module:callable'")
         return value
 
 
@@ -56,7 +57,11 @@ class ModelConfig(Section):
     name: str = Field(
         "mlp",
         description="mlp, cnn, resnet-18, preactresnet-18, wrn-D-W (such as wrn-34-10), or wrn-D-W-pad: LeakyReLU and "
-        "padded shortcuts.",
+        "padded shortcuts; or a callable as package.module:callable, such as torchvision.models.resnet18.",
+    )
+    options: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Keyword arguments of a model by import path, all that it gets: num_classes: 10, for instance.",
     )
     hypersphere_scale: float | None = Field(
         None, gt=0, description="Logits are this times cosines (Hypersphere Embedding); null: a linear last layer."

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -18,6 +17,7 @@ from emr_training.data.folder import load_folder
 from emr_training.data.idx import load_idx
 from emr_training.data.splits import Data, Splits, held_out
 from emr_training.errors import nearest
+from emr_training.importing import import_callable, is_import_path
 
 Loader = Callable[[str, Path, bool], tuple[Data, "Data | None"]]
 _BY_NAME: dict[str, Loader] = {
@@ -45,11 +45,11 @@ def load_data(
 
     Args:
         name: "digits" (comes with scikit-learn), "mnist", "fashion-mnist", "cifar10", "cifar100", "npz", "folder", or
-            "package.module:factory", a callable that returns one Dataset of pairs (image in [0, 1] or uint8, label), or
-            two, for training and testing.
+            "package.module:callable", which returns one Dataset of pairs (image in [0, 1] or uint8, label), or two, for
+            training and testing.
         root: the folder of the original files (or one that holds them in mnist/, fashion-mnist/, cifar-10-batches-bin/,
             cifar-10-batches-py/, cifar-100-binary/ or cifar-100-python/); the .npz file; the image folder, which may
-            have train/ and test/. Not looked at for digits and factories.
+            have train/ and test/. Not looked at for digits and callables.
         seed: of every split.
         validation: held out of the training images, a number of them, or below 1 a fraction; 0: none. Digits have
             splits of their own.
@@ -61,10 +61,10 @@ def load_data(
     """
     if name == "digits":
         return load_digits(seed)
-    if ":" in name:
-        train, test = _from_factory(name)
+    if is_import_path(name):
+        train, test = _from_callable(name)
     elif name not in _BY_NAME:
-        raise ValueError(f"data is {name!r}; {nearest(name, list(DATA_SETS))}, or 'package.module:factory'")
+        raise ValueError(f"data is {name!r}; {nearest(name, list(DATA_SETS))}, or 'package.module:callable'")
     elif root is None:
         raise ValueError(f"root is None with data {name!r}; expected where its files are")
     else:
@@ -99,12 +99,8 @@ def _load_folders(root: Path) -> tuple[Data, Data | None]:
     return load_folder(root), None
 
 
-def _from_factory(name: str) -> tuple[Data, Data | None]:
-    module, _, attribute = name.partition(":")
-    try:
-        made = getattr(import_module(module), attribute)()
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"data is {name!r}; expected a callable as 'package.module:factory': {error}") from None
+def _from_callable(name: str) -> tuple[Data, Data | None]:
+    made = import_callable("data", name)()
     if isinstance(made, tuple):
         if len(made) != 2:
             raise ValueError(f"{name} returns {len(made)} data sets; expected one, or training and test")

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 from torch import nn
 
 from emr_training.errors import nearest
+from emr_training.importing import is_import_path
 from emr_training.models.cnn import SmallCNN
+from emr_training.models.imported import import_model
 from emr_training.models.mlp import MLP
 from emr_training.models.resnet import PreActResNet18, ResNet18
 from emr_training.models.wide_resnet import WideResNet
@@ -31,15 +34,24 @@ MODELS: dict[str, Callable[[Sequence[int], int], nn.Module]] = {
 _WIDE = re.compile(r"wrn-(\d+)-(\d+)(-pad)?")
 
 
-def build_model(name: str, input_shape: Sequence[int], classes: int) -> nn.Module:
+def build_model(
+    name: str, input_shape: Sequence[int], classes: int, options: Mapping[str, Any] | None = None
+) -> nn.Module:
     """The classifier `name`, freshly initialised, for images of `input_shape` (without the batch dimension).
 
-    Weights are drawn from torch's global random state. Raises ValueError for an unknown name.
+    name: of those here, or an import path, whose callable gets `options` as keyword arguments; see `import_model`.
+
+    Weights are drawn from torch's global random state. Raises ValueError for an unknown name, or options that it does
+    not take.
     """
+    if is_import_path(name):
+        return import_model(name, options or {}, input_shape, classes)
+    if options:
+        raise ValueError(f"model.options are {dict(options)!r} with model {name!r}; expected none")
     wide = _WIDE.fullmatch(name)
     if name not in MODELS and wide:
         family = _PADDED if wide[3] else WideResNet
         return family(input_shape, classes, depth=int(wide[1]), width=int(wide[2]))
     if name not in MODELS:
-        raise ValueError(f"model is {name!r}; {nearest(name, list(MODELS))}")
+        raise ValueError(f"model is {name!r}; {nearest(name, list(MODELS))}, or 'package.module:callable'")
     return MODELS[name](input_shape, classes)

@@ -20,7 +20,7 @@ from emr_training.penalties import EMR, LLR, WEISSI, FiniteDifference, InputGrad
 
 def make_model(config: RunConfig, input_shape: Sequence[int], classes: int) -> nn.Module:
     """The classifier, its weights drawn from torch's global random state."""
-    model = build_model(config.model.name, input_shape, classes)
+    model = build_model(config.model.name, input_shape, classes, config.model.options)
     if config.model.hypersphere_scale is not None:
         model = with_hypersphere_head(model, config.model.hypersphere_scale)
     return model
