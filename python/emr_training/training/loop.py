@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from emr_training.checkpoint import save_checkpoint, write_atomically
 from emr_training.config import RunConfig, dump_config
+from emr_training.costs import Meter
 from emr_training.data import Augmentation, Data, as_floats
 from emr_training.defenses import Defense, Losses
 from emr_training.training.averaging import Average
 from emr_training.training.batches import make_order
 from emr_training.training.build import make_defense, make_optimizer, make_penalties
-from emr_training.training.costs import Meter, penalty_passes
+from emr_training.training.costs import penalty_passes
 from emr_training.training.metrics import EpochMetrics, MetricFiles
 from emr_training.training.schedule import learning_rate_factor
 from emr_training.training.snapshot import STATE, capture, load_state, restore, save_state

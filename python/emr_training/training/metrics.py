@@ -13,7 +13,7 @@ from typing import Any
 
 from emr_training.checkpoint import write_atomically
 from emr_training.config import ConfigError
-from emr_training.training.costs import Costs
+from emr_training.costs import Costs
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from emr_training.checkpoint import FORMAT, CheckpointError, load_payload, save_payload
+from emr_training.costs import Costs
 from emr_training.penalties import LLR, Penalty
-from emr_training.training.costs import Costs
 from emr_training.training.metrics import EpochMetrics
 
 if TYPE_CHECKING:

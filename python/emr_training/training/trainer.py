@@ -15,10 +15,10 @@ from torch import nn
 
 from emr_training.attacks.tally import counting
 from emr_training.config import ConfigError, RunConfig
+from emr_training.costs import Costs
 from emr_training.data import Data
 from emr_training.penalties import EMR
 from emr_training.training.build import make_model
-from emr_training.training.costs import Costs
 from emr_training.training.loop import Loop
 from emr_training.training.metrics import EpochMetrics
 from emr_training.training.watch import StopSignal
