@@ -91,51 +91,65 @@ def demo(
 
 @app.command()
 def evaluate(
-    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint of `emr train` or `emr demo`, or a run's folder.")],
-    epsilon: Annotated[list[float], typer.Option(help="Linf radius, in [0, 1] pixel units; repeatable.")] = (
-        0.1,
-        0.2,
-    ),  # type: ignore[assignment]
-    steps: Annotated[int, typer.Option(min=1, help="PGD steps.")] = 50,
-    restarts: Annotated[int, typer.Option(min=1, help="PGD restarts.")] = 10,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the attack's random starts.")] = 0,
-    output: Annotated[Path | None, typer.Option(help="Also write the results to this JSON file.")] = None,
-    trust: Annotated[bool, typer.Option("--trust", help="Import the model that the checkpoint names.")] = False,
+    subject: Annotated[Path, typer.Argument(help="A run's folder, a checkpoint, or published weights with --model.")],
+    changes: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY.SUB=VALUE...", help="Options of the data, such as data.root=DIR, or of a --model."),
+    ] = None,
+    attacks: Annotated[
+        str,
+        typer.Option(
+            help="Of: clean, fgsm, pgdN, pgdNxR (R restarts), cw (the margin loss, 100 steps), cwN, apgd-ce, apgd-dlr, "
+            "apgd-t, fab, fab-t, square, autoattack, autoattack-plus, autoattack-rand, deepfool, cw-l2."
+        ),
+    ] = "clean,pgd20",
+    eps: Annotated[
+        list[str] | None, typer.Option(help="Radius, such as 8/255; repeatable. The run's own by default.")
+    ] = None,
+    norm: Annotated[str | None, typer.Option(help="Linf, L2 or L1. The run's own by default.")] = None,
+    images: Annotated[int | None, typer.Option(min=1, help="Only the first so many test images.")] = None,
+    model: Annotated[str | None, typer.Option(help="Short for model.name: the architecture of the weights.")] = None,
+    data: Annotated[str | None, typer.Option(help="Short for data.name.")] = None,
+    checkpoint: Annotated[str | None, typer.Option(help="best or last, of a run's folder; the best if any.")] = None,
+    margins: Annotated[bool, typer.Option(help="Measure effective margins and weight norms.")] = True,
+    margin_norm: Annotated[str, typer.Option(help="In which effective margins are distances.")] = "L2",
+    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 500,
+    precision: Annotated[str, typer.Option(help="Of the attacks' search: float32, bfloat16, float16.")] = "float32",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    seed: Annotated[int, typer.Option(min=0, help="Of the attacks.")] = 0,
+    output: Annotated[Path | None, typer.Option(help="JSON file; by default beside the weights.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start anew, whatever that file holds.")] = False,
+    trust: Annotated[bool, typer.Option("--trust", help="Import the model or data that a checkpoint names.")] = False,
 ) -> None:
-    """Report a checkpoint's clean and robust accuracy and effective margins on its test split."""
-    from emr_training import evaluation
-    from emr_training.attacks import PGD
-    from emr_training.checkpoint import load_checkpoint
-    from emr_training.reporting import environment, evaluation_table, write_json
-    from emr_training.training.command import load_splits
+    """Measure accuracy under attacks, margins, weight norms and costs on the test images.
 
-    attack = PGD(0.0, steps, restarts=restarts, seed=seed)
-    if checkpoint.is_dir():
-        best = checkpoint / "best.pt"
-        checkpoint = best if best.is_file() else checkpoint / "last.pt"
-    loaded = load_checkpoint(checkpoint, trust=trust)
-    test = load_splits(loaded.config).test
-    result = evaluation.evaluate(loaded.model, test, epsilon, attack)
-    console.print(evaluation_table({loaded.config.method: result}, f"PGD-{steps}"))
-    low, high = result.clean.interval()
-    intervals = [f"clean {100 * low:.1f} to {100 * high:.1f}%"]
-    for radius, accuracy in result.robust.items():
-        low, high = accuracy.interval()
-        intervals.append(f"ε = {radius:g} {100 * low:.1f} to {100 * high:.1f}%")
-    console.print(
-        f"{len(test)} test images, {restarts} restarts; 95% intervals: {', '.join(intervals)}",
-        style="dim",
-        highlight=False,
+    Results are kept as attacks end: what the output holds is not repeated, and a killed AutoAttack goes on.
+    """
+    from emr_training.evaluation import Settings
+    from emr_training.evaluation.command import Job, parse_epsilons, pick_device, run
+    from emr_training.evaluation.names import parse_attacks
+    from emr_training.evaluation.subject import load_subject
+
+    options: dict[str, Any] = {}
+    for change in changes or ():
+        key, value = parse_override(change)
+        options = merge(options, {key: value})
+    for key, given in (("model.name", model), ("data.name", data)):
+        if given is not None:
+            options = merge(options, {key: given})
+    names = parse_attacks(attacks)
+    loaded = load_subject(subject, options, which=checkpoint, trust=trust)
+    settings = Settings(
+        names,
+        parse_epsilons(eps or (), loaded),
+        norm or loaded.config.attack.norm,  # type: ignore[arg-type]
+        seed,
+        batch_size,
+        precision,  # type: ignore[arg-type]
+        margins,
+        margin_norm,  # type: ignore[arg-type]
     )
-    if output is not None:
-        record = {
-            "checkpoint": str(checkpoint),
-            "config": loaded.config.model_dump(mode="json"),
-            "attack": {"name": "PGD", "steps": steps, "restarts": restarts, "seed": seed},
-            "environment": environment(),
-            "test": result.as_dict(),
-        }
-        write_json(output, record)
+    run(loaded, Job(settings, pick_device(device), images, output, overwrite), console)
 
 
 @app.command()

@@ -29,6 +29,14 @@ class Costs:
     forwards: float = 0
     backwards: float = 0
 
+    def plus(self, other: Costs) -> Costs:
+        """Those of both, of one run after the other on the same images."""
+        added = ("seconds", "device_seconds", "forwards", "backwards")
+        return Costs(
+            **{name: getattr(self, name) + getattr(other, name) for name in added},
+            **{name: max(getattr(self, name), getattr(other, name)) for name in ("peak_memory_bytes", "images")},
+        )
+
 
 class Meter:
     """Measures `Costs` from its making on, on top of those of an earlier part of the run.

@@ -14,7 +14,7 @@ from emr_training.attacks import PGD
 from emr_training.checkpoint import save_checkpoint
 from emr_training.config import RunConfig, make_config
 from emr_training.data import Splits, load_digits
-from emr_training.evaluation import Accuracy, Evaluation, evaluate, robust_curve
+from emr_training.evaluation import Accuracy, Evaluation, Settings, evaluate, robust_curve
 from emr_training.reporting import (
     accuracy_curves,
     environment,
@@ -122,6 +122,8 @@ def _choose(
 def _run_all(
     splits: Splits, configs: dict[str, RunConfig], settings: DemoSettings, console: Console
 ) -> dict[str, Outcome]:
+    attack_name = f"pgd{settings.attack_steps}x{settings.attack_restarts}"
+    measured = Settings((attack_name,), settings.epsilons, seed=settings.seed, batch_size=1024)
     attack = PGD(0.0, settings.attack_steps, restarts=settings.attack_restarts, seed=settings.seed)
     outcomes = {}
     with Progress(console=console, transient=True) as progress:
@@ -137,9 +139,9 @@ def _run_all(
             )
             test = splits.test.to(next(trained.model.parameters()).device)
             progress.update(task, description=f"attacking {name}")
-            evaluation = evaluate(trained.model, test, settings.epsilons, attack)
+            evaluation = evaluate(trained.model, test, measured)
             progress.advance(task)
-            curve = robust_curve(trained.model, test, attack, settings.curve_spacing, evaluation.robust)
+            curve = robust_curve(trained.model, test, attack, settings.curve_spacing, evaluation.robust(attack_name))
             progress.advance(task)
             outcomes[name] = Outcome(config, trained, evaluation, curve)
     return outcomes
@@ -147,7 +149,7 @@ def _run_all(
 
 def _draw(output: Path, outcomes: dict[str, Outcome], splits: Splits, settings: DemoSettings) -> None:
     test = f"{len(splits.test)} test digits, MLP, seed {settings.seed}"
-    margins = {name: outcome.evaluation.margins for name, outcome in outcomes.items()}
+    margins = {name: outcome.evaluation.margins[0].margins for name, outcome in outcomes.items()}
     margin_distributions(
         output / "effective_margins.png", margins, f"{test}. Solid vertical line: median. Right is safer."
     )
@@ -220,11 +222,10 @@ def _print(
     outcomes: dict[str, Outcome],
     seconds: float,
 ) -> None:
-    chosen = {
-        name: f"λ={emr.strength:g} T={emr.temperature:g}"
-        for name, outcome in outcomes.items()
-        if (emr := outcome.config.penalties.emr) is not None
-    }
+    chosen = [
+        "-" if emr is None else f"λ={emr.strength:g} T={emr.temperature:g}"
+        for emr in (outcome.config.penalties.emr for outcome in outcomes.values())
+    ]
     rows = {name: outcome.evaluation for name, outcome in outcomes.items()}
     title = (
         f"scikit-learn digits, MLP, {settings.epochs} epochs, seed {settings.seed}; "
@@ -243,7 +244,7 @@ def _print(
         f"Figures, checkpoints and results.json are in {output}.",
     ]
     console.print()
-    console.print(evaluation_table(rows, f"PGD-{settings.attack_steps}", chosen, title))
+    console.print(evaluation_table(rows, before={"EMR chosen": chosen}, title=title))
     for note in notes:
         console.print(note, style="dim", highlight=False)
 

@@ -54,12 +54,20 @@ def test_train_then_evaluate(run, tmp_path: Path, model: str) -> None:
     assert record["environment"]["packages"]["torch"] == torch.__version__
 
     out = tmp_path / "evaluation.json"
-    result = run("evaluate", str(tmp_path), "--epsilon", "0.1", "--steps", "3", "--output", str(out))
+    options = ("--attacks", "pgd3,fgsm", "--eps", "0.1", "--eps", "51/255", "--images", "100", "--output", str(out))
+    result = run("evaluate", str(tmp_path), *options)
     assert result.exit_code == 0, result.output
-    assert "539 test images, 10 restarts" in result.output and "ε = 0.1" in result.output
-    test = json.loads(out.read_text())["test"]
-    assert test["clean_accuracy"]["total"] == 539
-    assert [entry["epsilon"] for entry in test["robust_accuracy"]] == [0.1]
+    for text in ("The first 100 of 539 test images", "PGD-3", "worst case", "Effective margin", "No AutoAttack"):
+        assert text in result.output
+    found = json.loads(out.read_text())
+    assert found["clean"]["accuracy"]["total"] == 100 and found["subject"]["method"] == "at-emr"
+    assert [(a["name"], a["epsilon"]) for a in found["attacks"]] == [
+        ("pgd3", 0.1),
+        ("pgd3", 0.2),
+        ("fgsm", 0.1),
+        ("fgsm", 0.2),
+    ]
+    assert found["training"] == record["costs"]
 
 
 def test_flags_override_the_config_file(run, tmp_path: Path) -> None:
@@ -84,8 +92,8 @@ def test_demo(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for method in results["methods"].values():
         curve = method["robust_accuracy_curve"]
         assert curve[0]["epsilon"] == 0 and curve[-1]["correct"] == 0
-        assert curve[0]["correct"] == method["test"]["clean_accuracy"]["correct"]
-        assert len(method["test"]["effective_margins_l2"]) == 539
+        assert curve[0]["correct"] == method["test"]["clean"]["accuracy"]["correct"]
+        assert len(method["test"]["margins"][0]["images"]["margins"]) == 539
     assert len(results["selection"]["methods"]["EMR"]["candidates"]) == 2
     assert results["selection"]["methods"]["EMR"]["without_emr"]["strength"] == 0
     assert results["seconds"]["total"] > results["seconds"]["selection"] > 0

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from scipy import stats
@@ -11,7 +9,7 @@ from torch import nn
 
 from emr_training.attacks import PGD
 from emr_training.data import Data, Splits
-from emr_training.evaluation import Accuracy, clean_accuracy, evaluate, robust_accuracy, robust_curve
+from emr_training.evaluation import Accuracy, clean_accuracy, robust_accuracy, robust_curve
 
 
 @pytest.mark.parametrize(("correct", "total"), [(0, 50), (1, 50), (270, 539), (50, 50)])
@@ -70,21 +68,3 @@ def test_robust_curve_ends_at_one_where_the_attack_fails(batch: Data) -> None:
 def test_robust_curve_needs_a_step_that_scales(net: nn.Module, batch: Data) -> None:
     with pytest.raises(ValueError, match=r"attack.step_size is 0.1; expected None"):
         robust_curve(net, batch, PGD(0.0, 2, step_size=0.1), spacing=0.1)
-
-
-def test_evaluate_on_a_linear_model() -> None:
-    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 2))
-    x = torch.rand(40, 1, 4, 4)
-    weight, bias = model[1].weight.detach(), model[1].bias.detach()
-    difference = weight[1] - weight[0]
-    gap = x.flatten(1) @ difference + bias[1] - bias[0]
-    y = (gap > 0).long()
-    result = evaluate(model, Data(x, y), (0.01, 0.02), PGD(1.0, 5))
-    assert result.clean.correct == 40 and list(result.robust) == [0.01, 0.02]
-    torch.testing.assert_close(result.margins, gap.abs() / difference.norm())
-    p = model(x).softmax(1)
-    torch.testing.assert_close(result.weight_norms, (p @ weight).norm(dim=1).detach())
-    report = result.as_dict()
-    assert report["median_effective_margin_l2"] == pytest.approx(float(result.margins.median()))
-    assert [r["epsilon"] for r in report["robust_accuracy"]] == [0.01, 0.02]
-    assert math.isfinite(result.median_weight_norm)

@@ -54,13 +54,13 @@ class Accuracy:
 
 def clean_accuracy(model: nn.Module, data: Data, batch_size: int = 1024) -> Accuracy:
     """Accuracy of the model in evaluation mode on `data`; the model is left as it was found."""
-    return Accuracy(sum(_correct(model, part) for part in _parts(data, batch_size)), len(data))
+    return Accuracy(sum(_correct(model, part) for part in parts(data, batch_size)), len(data))
 
 
 def robust_accuracy(model: nn.Module, data: Data, attack: Attack, batch_size: int = 1024) -> Accuracy:
     """Accuracy of the model in evaluation mode on the attack's images; the model is left as it was found."""
-    parts = _parts(data, batch_size)
-    return Accuracy(sum(_correct(model, Data(attack(model, x.x, x.y), x.y)) for x in parts), len(data))
+    found = (Data(attack(model, part.x, part.y), part.y) for part in parts(data, batch_size))
+    return Accuracy(sum(_correct(model, attacked) for attacked in found), len(data))
 
 
 def robust_curve(
@@ -83,7 +83,8 @@ def robust_curve(
     return curve
 
 
-def _parts(data: Data, batch_size: int) -> Iterator[Data]:
+def parts(data: Data, batch_size: int) -> Iterator[Data]:
+    """The data in batches, images as floating point in [0, 1]."""
     for start in range(0, len(data), batch_size):
         part = slice(start, start + batch_size)
         yield Data(data.images(part), data.y[part])

@@ -1,63 +1,48 @@
-"""Everything the report says about one model."""
+"""Everything that is measured of one model: accuracies, margins, costs."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable
+from dataclasses import replace
 
-from torch import Tensor, nn
+from torch import nn
 
-from emr_kernels import effective_margins, effective_weight_norms
-from emr_training.attacks import PGD
 from emr_training.data import Data
-from emr_training.evaluation.accuracy import Accuracy, clean_accuracy, robust_accuracy
+from emr_training.evaluation.measure import Measure
+from emr_training.evaluation.result import Evaluation
+from emr_training.evaluation.settings import Settings
 
-NORM_TEMPERATURE = 1.0
+
+def evaluate(model: nn.Module, data: Data, settings: Settings) -> Evaluation:
+    """Measure `model` (images in [0, 1] -> logits [N, C]) on `data`, on the device that both are on."""
+    return complete(Measure(model, data, settings), settings, None)
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """Accuracies of one model, and per-sample effective margins [N] (L2) and effective weight norms [N] (L2).
+def complete(
+    measure: Measure,
+    settings: Settings,
+    before: Evaluation | None,
+    on_result: Callable[[Evaluation], object] | None = None,
+) -> Evaluation:
+    """The evaluation with all that `settings` asks for. What `before` has is not measured again, and stays.
 
-    Margins are signed: negative where the model is wrong. The weight norm is that of the class mix
-    softmax(z), at temperature 1 whatever the model was trained with, so that models can be compared.
+    on_result: called with the evaluation so far after each part.
     """
-
-    clean: Accuracy
-    robust: dict[float, Accuracy]
-    margins: Tensor
-    weight_norms: Tensor
-
-    @property
-    def median_margin(self) -> float:
-        """Median effective margin, in units of the [0, 1] pixels (L2)."""
-        return float(self.margins.median())
-
-    @property
-    def median_weight_norm(self) -> float:
-        """Median effective weight norm, in logits per unit of the [0, 1] pixels (L2)."""
-        return float(self.weight_norms.median())
-
-    def as_dict(self) -> dict[str, Any]:
-        """The numbers, for JSON."""
-        return {
-            "clean_accuracy": self.clean.as_dict(),
-            "robust_accuracy": [{"epsilon": e, **a.as_dict()} for e, a in self.robust.items()],
-            "median_effective_margin_l2": self.median_margin,
-            "median_effective_weight_norm_l2": self.median_weight_norm,
-            "effective_margins_l2": [round(float(m), 6) for m in self.margins],
-        }
-
-
-def evaluate(model: nn.Module, data: Data, epsilons: Sequence[float], attack: PGD) -> Evaluation:
-    """Evaluate `model` on `data`: clean, under `attack`, and its margins.
-
-    The attack runs once at each of `epsilons`; its own epsilon is ignored.
-    """
-    return Evaluation(
-        clean=clean_accuracy(model, data),
-        robust={e: robust_accuracy(model, data, replace(attack, epsilon=e)) for e in epsilons},
-        margins=effective_margins(model, data.images(), data.y, ord=2).detach().cpu(),
-        weight_norms=effective_weight_norms(model, data.images(), temperature=NORM_TEMPERATURE).detach().cpu(),
-    )
+    if before is None:
+        correct, costs = measure.correct()
+        before = Evaluation(settings.norm, correct, costs=costs)
+    found = before
+    for epsilon in (0.0, *settings.epsilons) if settings.margins else ():
+        if found.margins_at(epsilon) is None:
+            margins, costs = measure.margins(epsilon)
+            every = sorted((*found.margins, margins), key=lambda m: m.epsilon)
+            found = replace(found, margins=tuple(every), costs=found.costs.plus(costs))
+    if on_result is not None:
+        on_result(found)
+    for name, epsilon in settings.runs():
+        if found.find(name, epsilon) is None:
+            result = measure.attacked(name, epsilon, found.correct)
+            found = replace(found, attacks=(*found.attacks, result))
+            if on_result is not None:
+                on_result(found)
+    return found

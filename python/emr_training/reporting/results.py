@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,11 @@ def environment() -> dict[str, Any]:
 
 
 def write_json(path: Path, results: dict[str, Any]) -> None:
-    """Write `results` to `path` as JSON, whole or not at all. Raises ValueError for NaN or infinity."""
+    """Write `results` to `path` as JSON, whole or not at all; a list of numbers is one line.
+
+    Raises ValueError for NaN or infinity.
+    """
     text = json.dumps(results, indent=2, allow_nan=False) + "\n"
+    # Inside a string a line break is written as an escape: only lists have one after the bracket.
+    text = re.sub(r"\[\n([^][{}\"]+)\n *\]", lambda found: f"[{' '.join(found[1].split())}]", text)
     write_atomically(path, lambda file: file.write(text.encode()))

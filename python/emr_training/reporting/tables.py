@@ -1,27 +1,99 @@
-"""Results as text: a table of evaluations, and one line for each epoch."""
+"""Results as text: tables of evaluations, and one line for each epoch."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rich import box
 from rich.table import Table
 
+from emr_training.costs import Costs
 from emr_training.evaluation import Accuracy, Evaluation
+from emr_training.evaluation.names import epsilon_text, label
 from emr_training.training.metrics import EpochMetrics
 
 
 def evaluation_table(
     rows: Mapping[str, Evaluation],
-    attack: str,
-    chosen: Mapping[str, str] | None = None,
+    *,
+    before: Mapping[str, Sequence[str]] | None = None,
+    after: Mapping[str, Sequence[str]] | None = None,
     title: str | None = None,
 ) -> Table:
-    """One row a method: accuracies in percent with their standard error, median margin and weight norm.
+    """One row a method: accuracies in percent with their standard error, median margin and weight norm at clean images.
 
-    `attack` names the attack in the header; `chosen` adds a column of settings, by method.
+    before, after: further columns by their headers, a text for each row. A dash stands for what was not measured.
     """
-    table = Table(
+    table = _table(title)
+    runs = dict.fromkeys((a.name, a.epsilon) for evaluation in rows.values() for a in evaluation.attacks)
+    several = {epsilon for _, epsilon in runs if sum(e == epsilon for _, e in runs) > 1}
+    headers = ["Clean\naccuracy\n%"]
+    headers += [f"{label(name)}\nε = {epsilon_text(epsilon)}\n%" for name, epsilon in runs]
+    headers += [f"Worst\nε = {epsilon_text(epsilon)}\n%" for epsilon in sorted(several)]
+    headers += ["Median\neffective\nmargin", "Median\neffective\nweight\nnorm"]
+    table.add_column("Method", no_wrap=True, vertical="bottom")
+    for header in before or ():
+        table.add_column(header, no_wrap=True, vertical="bottom")
+    for header in (*headers, *(after or ())):
+        table.add_column(header, justify="right", no_wrap=True, vertical="bottom")
+    for number, (method, evaluation) in enumerate(rows.items()):
+        found = [evaluation.find(*run) for run in runs]
+        margins = evaluation.margins_at(0.0)
+        table.add_row(
+            method,
+            *(column[number] for column in (before or {}).values()),
+            percent(evaluation.clean),
+            *("-" if a is None else percent(a.accuracy) for a in found),
+            *(percent(evaluation.worst(e)) if e in evaluation.epsilons else "-" for e in sorted(several)),
+            *("-", "-") if margins is None else (f"{margins.median_margin:.3f}", f"{margins.median_weight_norm:.2f}"),
+            *(column[number] for column in (after or {}).values()),
+        )
+    return table
+
+
+def attacks_table(evaluation: Evaluation, title: str | None = None) -> Table:
+    """One row an attack: robust accuracy with its 95% interval, and what it cost for each image."""
+    table = _table(title)
+    for header in ("Attack", "ε"):
+        table.add_column(header, no_wrap=True)
+    for header in ("Robust %", "95% interval", "Seconds", "Forwards", "Backwards"):
+        table.add_column(header, justify="right", no_wrap=True)
+    table.add_row("clean", "", *_interval(evaluation.clean))
+    for epsilon in evaluation.epsilons:
+        table.add_section()
+        among = [a for a in evaluation.attacks if a.epsilon == epsilon]
+        for attack in among:
+            table.add_row(
+                label(attack.name), epsilon_text(epsilon), *_interval(attack.accuracy), *_per_image(attack.costs)
+            )
+        if len(among) > 1:
+            worst = _interval(evaluation.worst(epsilon))
+            table.add_row("worst case", epsilon_text(epsilon), *worst, style="bold")
+    return table
+
+
+def margins_table(evaluation: Evaluation) -> Table:
+    """One row a set of images: median and quartiles of its margins and weight norms."""
+    table = _table(None)
+    table.add_column("Images", no_wrap=True, vertical="bottom")
+    norm = evaluation.margins[0].norm
+    for header in (f"Effective margin\n({norm})", "Effective\nweight norm", "Probabilistic\nmargin"):
+        table.add_column(header, justify="right", no_wrap=True, vertical="bottom")
+    for margins in evaluation.margins:
+        images = f"ε = {epsilon_text(margins.epsilon)}" if margins.epsilon else "clean"
+        found = margins.quartiles()
+        table.add_row(images, *(_spread(found[name]) for name in ("margins", "weight_norms", "probabilistic")))
+    return table
+
+
+def percent(accuracy: Accuracy) -> str:
+    """An accuracy and its binomial standard error, in percent."""
+    return f"{100 * accuracy.value:.1f} ± {100 * accuracy.standard_error:.1f}"
+
+
+def _table(title: str | None) -> Table:
+    return Table(
         title=title,
         box=box.SIMPLE_HEAD,
         show_edge=False,
@@ -29,29 +101,26 @@ def evaluation_table(
         title_justify="left",
         title_style="bold",
     )
-    headers = ["Clean\naccuracy\n%"]
-    headers += [f"{attack}\nε = {epsilon:g}\n%" for epsilon in next(iter(rows.values())).robust]
-    headers += ["Median\neffective\nmargin", "Median\neffective\nweight\nnorm"]
-    table.add_column("Method", no_wrap=True, vertical="bottom")
-    if chosen is not None:
-        table.add_column("EMR chosen", no_wrap=True, vertical="bottom")
-    for header in headers:
-        table.add_column(header, justify="right", no_wrap=True, vertical="bottom")
-    for method, evaluation in rows.items():
-        table.add_row(
-            method,
-            *([] if chosen is None else [chosen.get(method, "-")]),
-            percent(evaluation.clean),
-            *map(percent, evaluation.robust.values()),
-            f"{evaluation.median_margin:.3f}",
-            f"{evaluation.median_weight_norm:.2f}",
-        )
-    return table
 
 
-def percent(accuracy: Accuracy) -> str:
-    """An accuracy and its binomial standard error, in percent."""
-    return f"{100 * accuracy.value:.1f} ± {100 * accuracy.standard_error:.1f}"
+def _interval(accuracy: Accuracy) -> tuple[str, str]:
+    low, high = accuracy.interval()
+    return f"{100 * accuracy.value:.2f}", f"{100 * low:.2f} to {100 * high:.2f}"
+
+
+def _per_image(costs: Costs) -> tuple[str, str, str]:
+    """Seconds, and passes for each image; nothing where another run served."""
+    if not costs.images:
+        return "", "", ""
+    return f"{costs.seconds:.1f}", f"{costs.forwards / costs.images:.1f}", f"{costs.backwards / costs.images:.1f}"
+
+
+def _spread(values: Mapping[str, Any]) -> str:
+    low, median, high = (
+        "inf" if values[name] is None else f"{values[name]:.{digits}g}"
+        for name, digits in (("q25", 2), ("median", 3), ("q75", 2))
+    )
+    return f"{median} ({low} to {high})"
 
 
 def metrics_line(metrics: EpochMetrics, epochs: int) -> str:
