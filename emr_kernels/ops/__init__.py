@@ -13,6 +13,7 @@ from emr_kernels.ops.pgd_start import pgd_start
 from emr_kernels.ops.pgd_step import pgd_step
 from emr_kernels.ops.robust_losses import robust_losses
 from emr_kernels.ops.sq_norms import sq_norms
+from emr_kernels.ops.windows import read_windows, write_windows
 
 __all__ = [
     "LogitSeeds",
@@ -29,7 +30,9 @@ __all__ = [
     "pairwise_margins",
     "pgd_start",
     "pgd_step",
+    "read_windows",
     "robust_losses",
     "sq_norms",
     "unpack_bits",
+    "write_windows",
 ]
