@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from emr_kernels.linearize.graph import Node
 from emr_kernels.linearize.rules.base import Rule, Tensors, rule_for
-from emr_kernels.linearize.rules.packed import PackedConvolution
+from emr_kernels.linearize.rules.packed import PackedConvolution, PackedLinear
 
 aten = torch.ops.aten
 
@@ -216,11 +216,25 @@ class LinearRule(BilinearRule):
 
     weight_dims = 2
 
+    def __init__(self, node: Node) -> None:
+        super().__init__(node)
+        self._packed: PackedLinear | None = None
+
+    def frozen(self, args: tuple[Any, ...]) -> Rule:
+        rule = copy.copy(self)
+        rule._packed = PackedLinear.of(*args)
+        return rule
+
     def forward(self, args: tuple[Any, ...], primal: bool) -> tuple[Any, Any]:
         input, weight, bias = args
-        return F.linear(input, weight, bias), _LinearResidual(weight, input if primal else None)
+        packed = self._packed
+        output = packed.forward(input) if packed is not None and packed.takes(input) else F.linear(input, weight, bias)
+        return output, _LinearResidual(weight, input if primal else None)
 
     def vjp(self, residual: _LinearResidual, cotangent: Any) -> Tensors:
+        packed = self._packed
+        if packed is not None and packed.weight is residual.weight and packed.takes(cotangent):
+            return (packed.vjp(cotangent),)
         return (cotangent @ residual.weight,)
 
     def jvp(self, residual: _LinearResidual, tangents: Tensors) -> Any:

@@ -1,7 +1,9 @@
-"""Convolutions by a weight that stays what it is: kept in the layout that oneDNN works in.
+"""Layers by a weight that stays what it is, in float32 on the CPU by oneDNN.
 
-`aten::convolution` brings the weight into that layout at every call, on one thread for the small ones and between two
-waits for all threads; for wide layers at small batches that is a tenth and more of the call.
+Convolutions keep the weight in the layout that oneDNN works in. `aten::convolution` brings it there at every call, on
+one thread for the small ones and between two waits for all threads; for wide layers at small batches that is a tenth
+and more of the call. The weight of a linear layer needs no packing; between many features and few classes oneDNN's
+products run at up to three times the speed of the library that `aten::linear` calls.
 """
 
 from __future__ import annotations
@@ -12,6 +14,13 @@ from typing import Any
 import torch
 
 mkldnn = torch.ops.mkldnn
+#: Products of fewer multiplications are done before oneDNN has found its kernel.
+_LEAST_PRODUCT = 1 << 20
+
+
+def _serves(*tensors: torch.Tensor) -> bool:
+    enabled = torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
+    return enabled and all(t.device.type == "cpu" and t.dtype is torch.float32 for t in tensors)
 
 
 class PackedConvolution:
@@ -34,10 +43,7 @@ class PackedConvolution:
     ) -> PackedConvolution | None:
         """The packed convolution; None where oneDNN would not run it, or packing does not pay."""
         _, _, _, transposed, _, groups = options
-        enabled = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
-        if not enabled or transposed or groups != 1 or weight.dim() != 4:
-            return None
-        if weight.device.type != "cpu" or weight.dtype is not torch.float32 or input.dtype is not torch.float32:
+        if transposed or groups != 1 or weight.dim() != 4 or not _serves(input, weight):
             return None
         return cls(weight, bias, options)
 
@@ -79,4 +85,36 @@ class PackedConvolution:
         result: torch.Tensor = mkldnn._convolution_transpose_pointwise(
             cotangent, self._vjp_weights[rest], None, *geometry, "none", [], ""
         )
+        return result
+
+
+class PackedLinear:
+    """One linear layer, forward and vjp.
+
+    Attributes:
+        weight: `[D, H]`.
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        self.weight = weight
+        self._bias = bias
+
+    @classmethod
+    def of(cls, input: Any, weight: torch.Tensor, bias: torch.Tensor | None) -> PackedLinear | None:
+        """The layer; None where oneDNN would not run it."""
+        return cls(weight, bias) if _serves(input, weight) and weight.dim() == 2 else None
+
+    def takes(self, tensor: torch.Tensor) -> bool:
+        """Whether the product with an input or a cotangent is large enough."""
+        rows = tensor.numel() // max(1, tensor.shape[-1])
+        return tensor.dtype is torch.float32 and rows * self.weight.numel() >= _LEAST_PRODUCT
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """The product of the input, [..., H], and the bias."""
+        output: torch.Tensor = mkldnn._linear_pointwise(input, self.weight, self._bias, "none", [], "")
+        return output
+
+    def vjp(self, cotangent: torch.Tensor) -> torch.Tensor:
+        """The cotangent of the input."""
+        result: torch.Tensor = mkldnn._linear_pointwise(cotangent, self.weight.t(), None, "none", [], "")
         return result
