@@ -9,10 +9,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from emr_kernels.linearize.graph import Graph, Node, Ref, resolve
 from emr_kernels.linearize.program import Program
+from emr_kernels.linearize.rules.packed import PackedConvolution, PackedLinear
+from emr_kernels.ops import read_windows, write_windows
 
 aten = torch.ops.aten
 _POINTWISE = {
@@ -77,7 +80,7 @@ class Incremental:
         self._program, self._model = program, model
         self._layers, self._rest, self._last = layers, rest, last
         self._total = sum(_operations(node, program.graph) for node in program.graph.body)
-        self._matrix = self._linear_of(program.bind(model, 1))
+        self._linear = self._linear_of(program.bind(model, 1))
         self._held: list[Tensor] = []
         self._changed: list[tuple[Tensor, Tensor, Tensor]] = []
         self._rows = torch.empty(0)
@@ -116,7 +119,7 @@ class Incremental:
         self._held = []
         for layer in self._layers:
             (down, across) = layer.padding
-            padded = nn.functional.pad(x, (across, across, down, down), value=layer.outside)
+            padded = F.pad(x, (across, across, down, down), value=layer.outside)
             self._held.append(padded.permute(0, 2, 3, 1).contiguous())
             x = layer(self._held[-1].permute(0, 3, 1, 2))
         self._held.append(x.permute(0, 2, 3, 1).contiguous())
@@ -131,44 +134,33 @@ class Incremental:
         patch = window.permute(0, 2, 3, 1)
         for level, layer in enumerate(self._layers):
             size = patch.shape[1:3]
-            self._write(level, rows, top + layer.padding[0], left + layer.padding[1], patch)
+            self._write(level, top + layer.padding[0], left + layer.padding[1], patch)
             counts = [layer.touched(size[axis], axis) for axis in (0, 1)]
             top, left = layer.first(top, counts[0], 0), layer.first(left, counts[1], 1)
             seen = [layer.seen(counts[axis], axis) for axis in (0, 1)]
-            places = self._places(level, rows, top * layer.stride[0], left * layer.stride[1], seen[0], seen[1])
-            held = self._held[level]
-            inputs = held.flatten(0, 2).index_select(0, places).view(len(rows), *seen, held.shape[3])
+            corner = top * layer.stride[0], left * layer.stride[1]
+            inputs = read_windows(self._held[level], rows, *corner, *seen)
             patch = layer(inputs.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        self._write(len(self._layers), rows, top, left, patch)
+        self._write(len(self._layers), top, left, patch)
         held = self._held[-1]
+        if self._linear is not None and 2 * len(rows) > len(held):
+            # Products with all rows cost less than a copy of some.
+            return self._finished(held)[rows]
         return self._finished(held if len(rows) == len(held) else held[rows])
 
     def settle(self, accepted: Tensor) -> None:
         """Keep the last change in those of its rows that are `accepted` [m], undo it in the others."""
-        if bool(accepted.all()):
-            return
-        undone = (~accepted).nonzero().squeeze(1)
-        for held, (places, old, _) in zip(self._held, self._changed, strict=True):
-            count = len(places) // len(self._rows)
-            back = places.view(-1, count)[undone].flatten()
-            held.flatten(0, 2).index_copy_(0, back, old.view(-1, count, old.shape[1])[undone].flatten(0, 1))
+        undone = ~accepted
+        for held, (top, left, old) in zip(self._held, self._changed, strict=True):
+            write_windows(held, self._rows, top, left, old, undone)
 
-    def _places(self, level: int, rows: Tensor, top: Tensor, left: Tensor, height: int, width: int) -> Tensor:
-        """Where the pixels of windows are among all pixels of a level, one window after another."""
-        _, rows_of_pixels, columns, _ = self._held[level].shape
-        corner = (rows * rows_of_pixels + top) * columns + left
-        inside = torch.arange(height)[:, None] * columns + torch.arange(width)
-        return (corner[:, None] + inside.flatten()).flatten()
+    def _write(self, level: int, top: Tensor, left: Tensor, patch: Tensor) -> None:
+        held = self._held[level]
+        self._changed.append((top, left, read_windows(held, self._rows, top, left, *patch.shape[1:3])))
+        write_windows(held, self._rows, top, left, patch)
 
-    def _write(self, level: int, rows: Tensor, top: Tensor, left: Tensor, patch: Tensor) -> None:
-        places = self._places(level, rows, top, left, patch.shape[1], patch.shape[2])
-        flat = self._held[level].flatten(0, 2)
-        new = patch.reshape(-1, patch.shape[3])
-        self._changed.append((places, flat.index_select(0, places), new))
-        flat.index_copy_(0, places, new)
-
-    def _linear_of(self, values: list[Any]) -> Tensor | None:
-        """The weight of a linear layer on the flattened images that comes next, in the order in which they are held."""
+    def _linear_of(self, values: list[Any]) -> Callable[[Tensor], Tensor] | None:
+        """A linear layer on the flattened images that comes next, for images in the order in which they are held."""
         if len(self._rest) < 2 or not self._flattens:
             return None
         flat, linear = self._rest[:2]
@@ -177,8 +169,10 @@ class Incremental:
         if linear.target is not aten.linear.default or linear.args[0] != Ref(flat.index) or readers[flat.index] != 1:
             return None
         weight: Tensor = resolve(linear.args[1:2], values)[0]
-        ordered = weight.view(len(weight), channels, height, width).permute(0, 2, 3, 1)
-        return ordered.reshape(len(weight), -1)
+        ordered = weight.view(len(weight), channels, height, width).permute(0, 2, 3, 1).reshape(len(weight), -1)
+        (bias,) = resolve(linear.args[2:], values) if len(linear.args) > 2 else (None,)
+        layer = PackedLinear.of(weight, ordered, bias)
+        return lambda x: layer.forward(x) if layer is not None and layer.takes(x) else F.linear(x, ordered, bias)
 
     @property
     def _flattens(self) -> bool:
@@ -188,11 +182,10 @@ class Incremental:
     def _finished(self, held: Tensor) -> Tensor:
         """The rest of the network."""
         values, rest = self._program.bind(self._model, len(held)), self._rest
-        if self._matrix is None:
+        if self._linear is None:
             values[self._last] = held.permute(0, 3, 1, 2)
         else:
-            (bias,) = resolve(rest[1].args[2:], values)
-            values[rest[1].index] = nn.functional.linear(held.flatten(1), self._matrix, bias)
+            values[rest[1].index] = self._linear(held.flatten(1))
             rest = rest[2:]
         for node in rest:
             values[node.index] = node.call(*resolve(node.args, values))
@@ -239,11 +232,14 @@ def _convolution(
     weight: Tensor, bias: Tensor | None, stride: list[int], dilation: list[int], groups: int
 ) -> Callable[[Tensor], Tensor]:
     weight = weight.contiguous(memory_format=torch.channels_last)
-    return lambda x: nn.functional.conv2d(x, weight, bias, stride, 0, dilation, groups)
+    packed = PackedConvolution.of(weight, weight, bias, (stride, [0, 0], dilation, False, [0, 0], groups))
+    if packed is not None:
+        return packed.forward
+    return lambda x: F.conv2d(x, weight, bias, stride, 0, dilation, groups)
 
 
 def _maximum(kernel: list[int], stride: list[int], dilation: list[int]) -> Callable[[Tensor], Tensor]:
-    return lambda x: nn.functional.max_pool2d(x, kernel, stride, 0, dilation)
+    return lambda x: F.max_pool2d(x, kernel, stride, 0, dilation)
 
 
 def _operations(node: Node, graph: Graph) -> int:
