@@ -69,9 +69,9 @@ class FAB(Attack):
         noise = problem.noise()
         clean = problem.logits(problem.x)
         goals = self._goals(clean, problem.y)
-        found = _Found(problem, problem.fooled(problem.x, clean))
+        found = _Found(problem, problem.fooled(problem.x, clean), self.norm, self.epsilon)
         for run in range(len(goals) * self.restarts):
-            rows = found.left(self.epsilon)
+            rows = found.left()
             if rows.numel() == 0:
                 break
             part = problem.subset(rows)
@@ -80,7 +80,7 @@ class FAB(Attack):
             if run % self.restarts > 0:
                 start = self._random_start(part.x, noise.subset(rows), run, found.distance[rows])
             self._run(part, rows, start, None if goal is None else goal[rows], found)
-        return found.point if self.epsilon is None else found.within(self.epsilon, problem.x)
+        return found.point
 
     def _goals(self, clean: Tensor, y: Tensor) -> list[Tensor | None]:
         """A class [N] for each group of runs; None: the nearest one at each step."""
@@ -100,10 +100,11 @@ class FAB(Attack):
             at = problem.linearized(point)
             gap, w = self._boundary(problem, at, goal)
             point = self._stepped(problem.x, point, gap, w)
-            _, fooled = problem.asked(point)
+            logits = problem.logits(point)
+            fooled = problem.judged(logits)
             if not bool(fooled.any()):
                 continue
-            found.note(rows, point, distance(self.norm, point, problem.x), fooled)
+            found.note(problem, rows, point, logits, fooled)
             back = problem.x + self.beta * (point - problem.x)
             point = torch.where(per_row(fooled, point), back, point)
             if self.epsilon is not None:
@@ -170,22 +171,27 @@ class FABT(FAB):
 
 
 class _Found:
-    """The nearest success so far: `point` like x, the image itself without one, and its `distance` [N] (inf)."""
+    """The nearest success so far: `point` like x, the image itself without one, and its `distance` [N] (inf).
 
-    def __init__(self, problem: Problem, wrong: Tensor) -> None:
+    With an epsilon nothing farther away is looked at.
+    """
+
+    def __init__(self, problem: Problem, wrong: Tensor, norm: str, epsilon: float | None) -> None:
+        self._norm, self._epsilon = norm, epsilon
         self.point = problem.x.clone()
         self.distance = torch.where(wrong, 0.0, torch.inf).to(torch.float64)
 
-    def left(self, epsilon: float | None) -> Tensor:
+    def left(self) -> Tensor:
         """The images still worth a run."""
-        return (self.distance > (0.0 if epsilon is None else epsilon)).nonzero().squeeze(1)
+        return (self.distance > (self._epsilon or 0.0)).nonzero().squeeze(1)
 
-    def note(self, rows: Tensor, point: Tensor, far: Tensor, success: Tensor) -> None:
-        """Keep the successes that are nearer than what there is."""
-        nearer = success & (far < self.distance[rows])
-        self.point[rows[nearer]] = point[nearer]
-        self.distance[rows[nearer]] = far[nearer]
-
-    def within(self, epsilon: float, x: Tensor) -> Tensor:
-        """The points within epsilon, else the images."""
-        return torch.where(per_row(self.distance <= epsilon, x), self.point, x)
+    def note(self, problem: Problem, rows: Tensor, point: Tensor, logits: Tensor, taken: Tensor) -> None:
+        """Keep, of the points of the images `rows` that the search takes for successes, the nearest that are some."""
+        far = distance(self._norm, point, problem.x)
+        nearer = taken & (far < self.distance[rows])
+        if self._epsilon is not None:
+            nearer &= far <= self._epsilon
+        at = nearer.nonzero().squeeze(1)
+        if at.numel():
+            at = at[problem.subset(at).fooled(point[at], logits[at])]
+            self.point[rows[at]], self.distance[rows[at]] = point[at], far[at]

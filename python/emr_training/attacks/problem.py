@@ -74,10 +74,11 @@ class Problem:
         # A NaN moves nothing, rather than spoil the point.
         return at.logits, value, at.vjp(seed).nan_to_num(nan=0.0)
 
-    def judged(self, logits: Tensor) -> Tensor:
-        """Which rows of these logits [N, C] count as a success, [N]: never one with a NaN."""
+    def judged(self, logits: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Which of these logits [m, C], of the images `rows` [m] or of all, are a success, [m]: none with a NaN."""
         predicted = logits.argmax(1)
-        success = predicted != self.y if self.target is None else predicted == self.target
+        y, target = (t if rows is None or t is None else t[rows] for t in (self.y, self.target))
+        success = predicted != y if target is None else predicted == target
         return success & ~logits.isnan().any(1)
 
     def fooled(self, x_adv: Tensor, logits: Tensor) -> Tensor:
@@ -93,10 +94,3 @@ class Problem:
         if rows.numel():
             success[rows] = self.subset(rows).judged(self.classifier.plain_logits(x_adv[rows]))
         return success
-
-    def asked(self, x_adv: Tensor) -> tuple[Tensor, Tensor]:
-        """The search's logits [N, C], and which rows of x_adv succeed, [N]; see `fooled`."""
-        logits = self.logits(x_adv)
-        # They are the model's own, called by itself: only another precision leaves something to confirm.
-        confirm = self.classifier.autocasts(x_adv.device)
-        return logits, self.fooled(x_adv, logits) if confirm else self.judged(logits)

@@ -191,15 +191,17 @@ class _Asked:
         if self._holds:
             logits, y = self._inside_logits(rows), problem.y[rows]
             target = None if problem.target is None else problem.target[rows]
-            hit = rows[(logits.argmax(1) != y if target is None else logits.argmax(1) == target).nonzero().squeeze(1)]
+            won = problem.judged(logits, rows).nonzero().squeeze(1)
+            hit = rows[won]
             if hit.numel():
-                # These are not the model's own numbers to the last bit.
-                _, fooled[hit] = problem.subset(hit).asked(self._laid_out(candidate[hit]))
+                fooled[hit] = problem.subset(hit).fooled(self._laid_out(candidate[hit]), logits[won])
         else:
             if rows.numel() < len(problem):
                 problem, candidate = problem.subset(rows), candidate[rows]
             y, target = problem.y, problem.target
-            logits, fooled[rows] = problem.asked(self._laid_out(candidate))
+            points = self._laid_out(candidate)
+            logits = problem.logits(points)
+            fooled[rows] = problem.fooled(points, logits)
         value, _ = self._loss(logits, y, target)
         value = value.to(self.value.dtype).nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
         better[rows] = (value > self.value[rows]) | fooled[rows]
