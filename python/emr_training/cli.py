@@ -1,4 +1,4 @@
-"""The command line: `emr train`, `emr presets`, `emr demo`, `emr evaluate` and `emr info`."""
+"""The command line: `emr train`, `presets`, `demo`, `evaluate`, `compare`, `export-robustbench` and `info`."""
 
 from __future__ import annotations
 
@@ -150,6 +150,42 @@ def evaluate(
         margin_norm,  # type: ignore[arg-type]
     )
     run(loaded, Job(settings, pick_device(device), images, output, overwrite), console)
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Runs' folders, weights, or the JSON files of `emr evaluate`.")],
+    output: Annotated[Path, typer.Option(help="Folder for comparison.json and figures.")] = Path("runs/comparison"),
+) -> None:
+    """Put the evaluations of several runs into one table and two figures."""
+    from emr_training.evaluation.compare import compare as compare_runs
+
+    compare_runs(runs, output, console)
+
+
+@app.command(name="export-robustbench")
+def export_robustbench(
+    run: Annotated[Path, typer.Argument(help="A run's folder, weights, or the JSON file of `emr evaluate`.")],
+    name: Annotated[str, typer.Option(help="The model's name in the zoo, such as Carmon2019Unlabeled.")] = "",
+    title: Annotated[str, typer.Option(help="Of the paper.")] = "",
+    authors: Annotated[str, typer.Option(help="Of the paper, separated by commas.")] = "",
+    link: Annotated[str, typer.Option(help="Of the paper.")] = "",
+    venue: Annotated[str, typer.Option(help="Such as 'BMVC 2022'.")] = "",
+    checkpoint: Annotated[str, typer.Option(help="Address of the weights and the code.")] = "",
+    additional_data: Annotated[
+        bool | None, typer.Option(help="Whether other data was used in training; by default as the run says.")
+    ] = None,
+    reported: Annotated[float | None, typer.Option(help="Robust accuracy of the paper, percent.")] = None,
+    eps: Annotated[str | None, typer.Option(help="Which radius, where AutoAttack ran at several.")] = None,
+    partial: Annotated[bool, typer.Option("--partial", help="Though not all test images were evaluated.")] = False,
+    output: Annotated[Path | None, typer.Option(help="Folder; by default robustbench/ beside the run.")] = None,
+) -> None:
+    """Write RobustBench's model-zoo JSON and the text of a submission, from a run's AutoAttack evaluation."""
+    from emr_training.evaluation.names import parse_epsilon
+    from emr_training.evaluation.robustbench import Paper, export
+
+    paper = Paper(title, authors, link, venue, name, checkpoint, additional_data, reported)
+    export(run, paper, output, console, epsilon=None if eps is None else parse_epsilon(eps), partial=partial)
 
 
 @app.command()

@@ -244,7 +244,7 @@ def _print(
         f"Figures, checkpoints and results.json are in {output}.",
     ]
     console.print()
-    console.print(evaluation_table(rows, before={"EMR chosen": chosen}, title=title))
+    console.print(evaluation_table(rows, chosen=chosen, title=title))
     for note in notes:
         console.print(note, style="dim", highlight=False)
 

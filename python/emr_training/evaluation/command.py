@@ -8,17 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from emr_training.attacks.state import fingerprint
-from emr_training.config.section import Number
 from emr_training.data import Data
 from emr_training.errors import check_count
 from emr_training.evaluation.evaluate import complete
 from emr_training.evaluation.measure import Measure
-from emr_training.evaluation.names import epsilon_text, label
+from emr_training.evaluation.names import epsilon_text, label, parse_epsilon
 from emr_training.evaluation.record import Record
 from emr_training.evaluation.result import Evaluation
 from emr_training.evaluation.settings import Settings
@@ -46,13 +44,7 @@ def parse_epsilons(texts: Sequence[str], subject: Subject) -> tuple[float, ...]:
         if subject.method == "weights":
             raise ValueError("eps is not given; expected one or more radii, such as --eps 8/255")
         return (subject.config.attack.epsilon,)
-    numbers = []
-    for text in texts:
-        try:
-            numbers.append(TypeAdapter(Number).validate_python(text))
-        except ValidationError:
-            raise ValueError(f"eps is {text!r}; expected a number or a fraction, such as 8/255") from None
-    return tuple(numbers)
+    return tuple(map(parse_epsilon, texts))
 
 
 def pick_device(name: str) -> torch.device:

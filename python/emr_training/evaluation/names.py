@@ -7,9 +7,12 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from emr_training.attacks import FGSM, PGD, Attack, AutoAttack, CarliniWagner, DeepFool
 from emr_training.attacks.balls import Norm
 from emr_training.attacks.suite import suite
+from emr_training.config.section import Number
 from emr_training.errors import nearest
 
 #: Names without a number in them. "clean" is no attack: the images as they are.
@@ -37,6 +40,7 @@ _STEPS_OF_CW = 100
 _DESCENT = re.compile(r"(pgd|cw)(\d+)(?:x(\d+))?")
 _LABELS = {
     "clean": "clean",
+    "worst case": "worst case",
     "fgsm": "FGSM",
     "cw": f"CW-{_STEPS_OF_CW}",
     "autoattack": "AutoAttack",
@@ -117,6 +121,14 @@ def epsilon_text(epsilon: float) -> str:
     if float(short) != epsilon and abs(levels - round(levels)) < 1e-9 * 255:
         return f"{round(levels)}/255"
     return short
+
+
+def parse_epsilon(text: str) -> float:
+    """The number or fraction, such as 8/255. Raises ValueError for anything else."""
+    try:
+        return TypeAdapter(Number).validate_python(text)
+    except ValidationError:
+        raise ValueError(f"eps is {text!r}; expected a number or a fraction, such as 8/255") from None
 
 
 def check_epsilons(epsilons: Sequence[float]) -> tuple[float, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from typing import Any
@@ -16,6 +16,8 @@ from emr_training.costs import Costs
 from emr_training.evaluation.accuracy import Accuracy
 from emr_training.evaluation.names import epsilon_text
 
+#: The name of what is left of all attacks at one radius.
+WORST = "worst case"
 _QUANTITIES = ("margins", "weight_norms", "probabilistic")
 
 
@@ -192,6 +194,23 @@ class Evaluation:
             tuple(Margins.from_dict(margins) for margins in values["margins"]),
             Costs(**values["costs"]["other"]),
         )
+
+
+def attack_rows(evaluations: Sequence[Evaluation]) -> list[tuple[str, float, list[Accuracy | None]]]:
+    """Each attack at each radius with the accuracies of all evaluations (None where it did not run), by radius.
+
+    Where a radius has several attacks, the last one is their worst case, of whichever ran.
+    """
+    runs = dict.fromkeys((a.name, a.epsilon) for evaluation in evaluations for a in evaluation.attacks)
+    rows: list[tuple[str, float, list[Accuracy | None]]] = []
+    for epsilon in sorted({epsilon for _, epsilon in runs}):
+        names = [name for name, radius in runs if radius == epsilon]
+        for name in names:
+            found = [evaluation.find(name, epsilon) for evaluation in evaluations]
+            rows.append((name, epsilon, [None if a is None else a.accuracy for a in found]))
+        if len(names) > 1:
+            rows.append((WORST, epsilon, [e.worst(epsilon) if epsilon in e.epsilons else None for e in evaluations]))
+    return rows
 
 
 def accuracy_of(right: Tensor) -> Accuracy:

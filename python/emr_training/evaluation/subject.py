@@ -76,12 +76,19 @@ def load_subject(path: Path, options: Mapping[str, Any], *, which: str | None = 
     return Subject(file, output, model, config, method, splits.test, _training_costs(file))
 
 
+def record_path(path: Path) -> Path:
+    """Where the evaluation of a run's folder or of weights is kept; a JSON file is that itself."""
+    if path.suffix == ".json":
+        return path
+    return path / "evaluation.json" if path.is_dir() else path.with_name(f"{path.stem}.evaluation.json")
+
+
 def _locate(path: Path, which: str | None) -> tuple[Path, Path]:
     """The file of the weights, and where its evaluation is kept."""
     if not path.is_dir():
         if which is not None:
             raise ValueError(f"checkpoint is {which!r} with the file {path}; expected a run's folder")
-        return path, path.with_name(f"{path.stem}.evaluation.json")
+        return path, record_path(path)
     best = path / "best.pt"
     default = best if best.is_file() else path / "last.pt"
     file = default if which is None else path / f"{which}.pt"
@@ -89,7 +96,7 @@ def _locate(path: Path, which: str | None) -> tuple[Path, Path]:
         others = sorted(found.name for found in path.glob("*.pt") if found.name != "state.pt")
         there = f"; it holds {', '.join(others)}" if others else ""
         raise FileNotFoundError(f"no {file.name} in {path}{there}")
-    return file, path / ("evaluation.json" if file == default else f"{file.stem}.evaluation.json")
+    return file, record_path(path if file == default else file)
 
 
 def _check(file: Path, model: nn.Module, splits: Splits) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,9 @@ from matplotlib.ticker import PercentFormatter
 from torch import Tensor
 
 from emr_training.checkpoint import write_atomically
-from emr_training.evaluation import Accuracy
+from emr_training.evaluation import Accuracy, Evaluation
+from emr_training.evaluation.names import epsilon_text, label
+from emr_training.evaluation.result import attack_rows
 from emr_training.training.metrics import EpochMetrics
 
 
@@ -35,18 +37,30 @@ STYLES = {
     "AT": Style("#56B4E9", "--"),
     "AT-EMR": Style("#0072B2", "-"),
 }
+#: Of other methods than these, in the order of their rows.
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#8C8C8C", "#222222")
 INK = "#333333"
 
 
-def margin_distributions(path: Path, margins: Mapping[str, Tensor], subtitle: str) -> None:
-    """Save the density of each method's signed effective margins [N] (L2), in panels on one axis."""
+def styles(methods: Iterable[str]) -> dict[str, Style]:
+    """How each method is drawn: as in STYLES if all are there, else solid in the palette's colours."""
+    names = list(methods)
+    if all(name in STYLES for name in names):
+        return {name: STYLES[name] for name in names}
+    return {name: Style(PALETTE[i % len(PALETTE)], "-") for i, name in enumerate(names)}
+
+
+def margin_distributions(path: Path, margins: Mapping[str, Tensor], subtitle: str, norm: str = "L2") -> None:
+    """Save the density of each method's signed effective margins [N], distances in `norm`, in panels on one axis."""
+    margins = {method: values[values.isfinite()] for method, values in margins.items()}
+    drawn = styles(margins)
     low = min(float(m.quantile(0.002)) for m in margins.values())
     high = max(float(m.quantile(0.998)) for m in margins.values())
     grid = np.linspace(low - 0.05, high + 0.05, 400)
     figure = Figure(figsize=(8, 1.25 * len(margins) + 1.5))
     axes = figure.subplots(len(margins), 1, sharex=True, sharey=True)
     for ax, (method, values) in zip(np.atleast_1d(axes), margins.items(), strict=True):
-        style = STYLES[method]
+        style = drawn[method]
         density = _density(values.double().numpy(), grid)
         median = float(values.median())
         wrong = float((values < 0).double().mean())
@@ -59,7 +73,7 @@ def margin_distributions(path: Path, margins: Mapping[str, Tensor], subtitle: st
         ax.text(1.02, 0.58, f"median {median:.2f}\nmisclassified {100 * wrong:.1f}%", va="top", **place)
         ax.set_yticks([])
         _clean(ax, left=False)
-    ax.set_xlabel("Effective margin: first-order L2 distance to the decision boundary, in [0, 1] pixel units")
+    ax.set_xlabel(f"Effective margin: first-order {norm} distance to the decision boundary, in [0, 1] pixel units")
     figure.supylabel("Density of test samples", fontsize=10, color=INK)
     _title(figure, "Effective margins", subtitle)
     _save(figure, path)
@@ -99,6 +113,46 @@ def accuracy_curves(
     _legend(ax)
     _clean(ax)
     _title(figure, "Robust accuracy against attack strength", subtitle)
+    _save(figure, path)
+
+
+def accuracy_bars(path: Path, evaluations: Mapping[str, Evaluation], subtitle: str) -> None:
+    """Save a group of bars for the clean accuracy and for each attack, one bar a method, with 95% intervals.
+
+    Where a radius has several attacks, their worst case has a group, too. A method without an attack has no bar there.
+    """
+    groups: dict[str, list[Accuracy | None]] = {"clean": [e.clean for e in evaluations.values()]}
+    for name, epsilon, found in attack_rows(list(evaluations.values())):
+        groups[f"{label(name)}\nε = {epsilon_text(epsilon)}"] = found
+    width = 0.8 / len(evaluations)
+    figure = Figure(
+        figsize=(max(6.0, 1.5 + len(groups) * max(0.9, 0.3 * len(evaluations))), 4.2 + 0.25 * len(evaluations))
+    )
+    ax = figure.subplots()
+    for row, (method, style) in enumerate(styles(evaluations).items()):
+        drawn = [(i, found[row]) for i, found in enumerate(groups.values())]
+        shown = [(i, accuracy) for i, accuracy in drawn if accuracy is not None]
+        values = np.array([accuracy.value for _, accuracy in shown])
+        bounds = np.array([accuracy.interval() for _, accuracy in shown])
+        places = np.array([i for i, _ in shown]) + (row - (len(evaluations) - 1) / 2) * width
+        ax.bar(places, values, width * 0.9, color=style.color, alpha=0.85, label=method)
+        ax.errorbar(
+            places,
+            values,
+            np.abs(bounds.T - values),
+            fmt="none",
+            ecolor=INK,
+            elinewidth=1,
+            capsize=2,
+        )
+    ax.set_xticks(range(len(groups)), list(groups))
+    ax.set_ylim(0, 1.0)
+    ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    ax.set_ylabel("Accuracy")
+    ax.legend(loc="upper left", bbox_to_anchor=(0, -0.14), frameon=False, labelcolor=INK)
+    _clean(ax)
+    ax.tick_params(axis="x", length=0)
+    _title(figure, "Clean and robust accuracy", subtitle)
     _save(figure, path)
 
 

@@ -11,44 +11,73 @@ from rich.table import Table
 from emr_training.costs import Costs
 from emr_training.evaluation import Accuracy, Evaluation
 from emr_training.evaluation.names import epsilon_text, label
+from emr_training.evaluation.result import WORST, attack_rows
 from emr_training.training.metrics import EpochMetrics
 
 
 def evaluation_table(
-    rows: Mapping[str, Evaluation],
-    *,
-    before: Mapping[str, Sequence[str]] | None = None,
-    after: Mapping[str, Sequence[str]] | None = None,
-    title: str | None = None,
+    rows: Mapping[str, Evaluation], *, chosen: Sequence[str] | None = None, title: str | None = None
 ) -> Table:
     """One row a method: accuracies in percent with their standard error, median margin and weight norm at clean images.
 
-    before, after: further columns by their headers, a text for each row. A dash stands for what was not measured.
+    All have the same attacks, and margins. chosen: a column of settings, a text for each row.
     """
     table = _table(title)
-    runs = dict.fromkeys((a.name, a.epsilon) for evaluation in rows.values() for a in evaluation.attacks)
-    several = {epsilon for _, epsilon in runs if sum(e == epsilon for _, e in runs) > 1}
+    first = next(iter(rows.values()))
     headers = ["Clean\naccuracy\n%"]
-    headers += [f"{label(name)}\nε = {epsilon_text(epsilon)}\n%" for name, epsilon in runs]
-    headers += [f"Worst\nε = {epsilon_text(epsilon)}\n%" for epsilon in sorted(several)]
+    headers += [f"{label(a.name)}\nε = {epsilon_text(a.epsilon)}\n%" for a in first.attacks]
     headers += ["Median\neffective\nmargin", "Median\neffective\nweight\nnorm"]
     table.add_column("Method", no_wrap=True, vertical="bottom")
-    for header in before or ():
-        table.add_column(header, no_wrap=True, vertical="bottom")
-    for header in (*headers, *(after or ())):
+    if chosen is not None:
+        table.add_column("EMR chosen", no_wrap=True, vertical="bottom")
+    for header in headers:
         table.add_column(header, justify="right", no_wrap=True, vertical="bottom")
     for number, (method, evaluation) in enumerate(rows.items()):
-        found = [evaluation.find(*run) for run in runs]
-        margins = evaluation.margins_at(0.0)
         table.add_row(
             method,
-            *(column[number] for column in (before or {}).values()),
+            *([] if chosen is None else [chosen[number]]),
             percent(evaluation.clean),
-            *("-" if a is None else percent(a.accuracy) for a in found),
-            *(percent(evaluation.worst(e)) if e in evaluation.epsilons else "-" for e in sorted(several)),
-            *("-", "-") if margins is None else (f"{margins.median_margin:.3f}", f"{margins.median_weight_norm:.2f}"),
-            *(column[number] for column in (after or {}).values()),
+            *(percent(attack.accuracy) for attack in evaluation.attacks),
+            f"{evaluation.margins[0].median_margin:.3f}",
+            f"{evaluation.margins[0].median_weight_norm:.2f}",
         )
+    return table
+
+
+def comparison_table(
+    columns: Mapping[str, Evaluation],
+    *,
+    before: Mapping[str, Sequence[str]],
+    after: Mapping[str, Sequence[str]],
+    title: str,
+) -> Table:
+    """One column a run: accuracies in percent with their standard error, and medians of margins and weight norms.
+
+    before, after: further rows by their names, a text for each column. A dash stands for what was not measured.
+    """
+    table = _table(title)
+    evaluations = list(columns.values())
+    table.add_column("", no_wrap=True)
+    for name in columns:
+        table.add_column(name, justify="right", no_wrap=True)
+    for row, texts in before.items():
+        table.add_row(row, *texts)
+    table.add_section()
+    table.add_row("clean, %", *(percent(e.clean) for e in evaluations))
+    for name, epsilon, found in attack_rows(evaluations):
+        cells = ["-" if accuracy is None else percent(accuracy) for accuracy in found]
+        style = "bold" if name == WORST else ""
+        table.add_row(f"{label(name)}, ε = {epsilon_text(epsilon)}, %", *cells, style=style)
+    table.add_section()
+    for epsilon in sorted({m.epsilon for e in evaluations for m in e.margins}):
+        images = f"ε = {epsilon_text(epsilon)}" if epsilon else "clean"
+        margins = [e.margins_at(epsilon) for e in evaluations]
+        for quantity, title in (("margins", "effective margin"), ("weight_norms", "effective weight norm")):
+            medians = ("-" if m is None else _number(m.quartiles()[quantity]["median"]) for m in margins)
+            table.add_row(f"{title}, {images}", *medians)
+    table.add_section()
+    for row, texts in after.items():
+        table.add_row(row, *texts)
     return table
 
 
@@ -116,11 +145,12 @@ def _per_image(costs: Costs) -> tuple[str, str, str]:
 
 
 def _spread(values: Mapping[str, Any]) -> str:
-    low, median, high = (
-        "inf" if values[name] is None else f"{values[name]:.{digits}g}"
-        for name, digits in (("q25", 2), ("median", 3), ("q75", 2))
-    )
+    low, median, high = (_number(values[name], digits) for name, digits in (("q25", 2), ("median", 3), ("q75", 2)))
     return f"{median} ({low} to {high})"
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    return "inf" if value is None else f"{value:.{digits}g}"
 
 
 def metrics_line(metrics: EpochMetrics, epochs: int) -> str:
