@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from emr_training.attacks.losses import LOSSES, divergence
+from emr_training.attacks.losses import LOSSES, divergence, find_loss
 
 Definition = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
 
@@ -73,14 +73,24 @@ def test_cross_entropy_up_to_its_saturation(targeted: bool) -> None:
     torch.testing.assert_close(seed * (1 - _of(logits.detach().softmax(1), goal))[:, None], gradient)
 
 
+@pytest.mark.parametrize("targeted", [False, True])
+def test_cross_entropy_of_coupled_images(targeted: bool) -> None:
+    logits, y, target = case(targeted)
+    expected = ce(logits, y, target)
+    (gradient,) = torch.autograd.grad(expected.sum(), logits)
+    value, seed = find_loss("ce", "train")(logits.detach(), y, target)
+    torch.testing.assert_close(value, expected.detach(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(seed, gradient, rtol=1e-10, atol=1e-12)
+    assert find_loss("ce", "eval") is LOSSES["ce"] and find_loss("cw", "train") is LOSSES["cw"]
+
+
 def test_divergence() -> None:
-    clean, (logits, y, _) = 4 * torch.randn(64, 6), case(False)
-    logits = logits.detach().float().requires_grad_()
+    clean, (logits, y, _) = 4 * torch.randn(64, 6, dtype=torch.float64), case(False)
     expected = F.kl_div(logits.log_softmax(1), clean.softmax(1), reduction="none").sum(1)
     (gradient,) = torch.autograd.grad(expected.sum(), logits)
     value, seed = divergence(clean)(logits.detach(), y, None)
-    torch.testing.assert_close(value, expected.detach(), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(seed, gradient, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(value, expected.detach(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(seed, gradient, rtol=1e-10, atol=1e-12)
     # The other direction of the divergence is another number.
     swapped = F.kl_div(clean.log_softmax(1), logits.softmax(1), reduction="none").sum(1)
     assert (swapped - expected).abs().max() > 0.1

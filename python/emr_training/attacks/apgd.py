@@ -12,7 +12,7 @@ from torch import Tensor
 from emr_training.attacks.ascent import Climb, Momentum, Sparse, Strategy, climb
 from emr_training.attacks.balls import Ball
 from emr_training.attacks.base import BoundedAttack, check_choice, per_row
-from emr_training.attacks.losses import LOSSES, Loss
+from emr_training.attacks.losses import LOSSES, Loss, find_loss
 from emr_training.attacks.noise import Noise
 from emr_training.attacks.problem import Problem
 from emr_training.errors import check_count, check_number
@@ -63,14 +63,14 @@ class APGD(BoundedAttack):
         for restart in range(self.restarts):
             if active.numel() == 0:
                 break
-            found = self._run(problem.subset(active), noise.subset(active), restart, LOSSES[self.loss])
+            found = self._run(problem.subset(active), noise.subset(active), restart, find_loss(self.loss, self.bn_mode))
             active = _record(result, active, found)
         return result
 
     def _greatest(self, problem: Problem, noise: Noise) -> Tensor:
         best: Climb | None = None
         for restart in range(self.restarts):
-            found = self._run(problem, noise, restart, LOSSES[self.loss], stop=False)
+            found = self._run(problem, noise, restart, find_loss(self.loss, self.bn_mode), stop=False)
             if best is None:
                 best = found
             else:
@@ -144,7 +144,7 @@ class APGDT(APGD):
         noise = problem.noise()
         clean = problem.logits(problem.x)
         goals = likeliest_wrong(clean, problem.y, self.n_targets)
-        loss = LOSSES["cw" if self.loss == "dlr" and clean.shape[1] < 4 else self.loss]
+        loss = find_loss("cw" if self.loss == "dlr" and clean.shape[1] < 4 else self.loss, self.bn_mode)
         result, active = _clean(problem, clean)
         for run in range(goals.shape[1] * self.restarts):
             if active.numel() == 0:

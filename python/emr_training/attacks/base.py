@@ -28,7 +28,7 @@ class Attack(ABC):
     bn_mode: "eval": every module in evaluation mode during the attack. "train": every module stays in the mode it is
         in, as in codes that attack a model in training mode: there BatchNorm normalises by the statistics of the batch
         that is attacked, each forward of the attack moves its running statistics (they are not put back), and dropout
-        is active.
+        is active. The loss is then that of the batch: images depend on each other.
     precision: of the search: "ambient" as the caller's autocast says, else autocast to this dtype ("float32": off).
         A success counts only once the model itself, without autocast, agrees.
     engine: "auto" runs the model as a linearized program where that is exact, "autograd" never does.

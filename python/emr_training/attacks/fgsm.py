@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from emr_training.attacks.base import BoundedAttack, check_choice
-from emr_training.attacks.losses import LOSSES
+from emr_training.attacks.losses import LOSSES, find_loss
 from emr_training.attacks.problem import Problem
 from emr_training.errors import check_number
 
@@ -30,7 +30,7 @@ class FGSM(BoundedAttack):
 
     def search(self, problem: Problem) -> Tensor:
         """See `Attack`."""
-        _, _, gradient = problem.ascend(problem.x, LOSSES[self.loss])
+        _, _, gradient = problem.ascend(problem.x, find_loss(self.loss, self.bn_mode))
         return self.ball.step(problem.x, problem.x, gradient, self.epsilon)
 
 
@@ -56,5 +56,5 @@ class RFGSM(FGSM):
     def search(self, problem: Problem) -> Tensor:
         """See `Attack`."""
         start = self.ball.start(problem.x, problem.generator)
-        _, _, gradient = problem.ascend(start, LOSSES[self.loss])
+        _, _, gradient = problem.ascend(start, find_loss(self.loss, self.bn_mode))
         return self.ball.step(start, problem.x, gradient, self.step)

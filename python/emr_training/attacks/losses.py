@@ -15,6 +15,11 @@ Loss = Callable[[Tensor, Tensor, "Tensor | None"], tuple[Tensor, Tensor]]
 LossName = Literal["ce", "cw", "dlr"]
 
 
+def _wide(logits: Tensor) -> Tensor:
+    """At least float32."""
+    return logits.float() if logits.dtype.itemsize < 4 else logits
+
+
 def _log_odds(logits: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
     """m = (logsumexp over j != label of z_j) - z_label, and dm/dz."""
     rivals = logits.scatter(1, label[:, None], -torch.inf)
@@ -29,8 +34,18 @@ def cross_entropy(logits: Tensor, y: Tensor, target: Tensor | None = None) -> tu
     1 - p_y > 0. Sign and normalised steps are the same, but nothing underflows on confident points, where an attack
     would otherwise see a zero gradient and report robustness that is not there.
     """
-    value, seed = _log_odds(logits.float() if logits.dtype.itemsize < 4 else logits, y if target is None else target)
+    value, seed = _log_odds(_wide(logits), y if target is None else target)
     return (value, seed) if target is None else (-value, -seed)
+
+
+def coupled_cross_entropy(logits: Tensor, y: Tensor, target: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Cross-entropy itself (with a target: minus that of the target).
+
+    For networks in which the images of a batch depend on each other: there one image's gradient is a sum over all of
+    them, whose direction changes with the scale of each, and log odds would lead elsewhere.
+    """
+    found = logit_seeds(_wide(logits), y, target, kind="ce" if target is None else "ce_targeted")
+    return found.loss, found.seed
 
 
 def margin(logits: Tensor, y: Tensor, target: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -66,14 +81,19 @@ def divergence(clean: Tensor) -> Loss:
 
     Its gradient is zero at the clean image itself: start elsewhere.
     """
-    log_p = clean.detach().float().log_softmax(1)
+    log_p = _wide(clean.detach()).log_softmax(1)
     p = log_p.exp()
 
     def loss(logits: Tensor, y: Tensor, target: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        log_q = logits.float().log_softmax(1)
+        log_q = _wide(logits).log_softmax(1)
         return (p * (log_p - log_q)).sum(1), log_q.exp() - p
 
     return loss
 
 
 LOSSES: dict[str, Loss] = {"ce": cross_entropy, "cw": margin, "dlr": dlr}
+
+
+def find_loss(name: str, bn_mode: str) -> Loss:
+    """The loss of this name for a network in evaluation mode, or in training mode, where BatchNorm couples images."""
+    return coupled_cross_entropy if name == "ce" and bn_mode == "train" else LOSSES[name]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from emr_training.attacks.base import BoundedAttack, check_choice, per_row
 from emr_training.attacks.graphed import run_as_graph
-from emr_training.attacks.losses import LOSSES, Loss, divergence
+from emr_training.attacks.losses import LOSSES, Loss, divergence, find_loss
 from emr_training.attacks.problem import Problem
 from emr_training.errors import check_count, check_number
 
@@ -25,7 +25,8 @@ class PGD(BoundedAttack):
     steps, step_size: None is 2.5 * epsilon / steps.
     loss: "ce", "cw" (the margin of Carlini and Wagner), "dlr", or "kl" (TRADES's: the divergence from the clean image's
         softmax; it needs a random start and has no targeted form).
-    random_start: uniform in the ball; with start_std a Gaussian of that standard deviation (TRADES and MART: 0.001).
+    random_start: uniform in the ball; with start_std a Gaussian of that standard deviation (TRADES and MART: 0.001),
+        which with keep "last" may lie outside of ball and box, as there: the first step brings it in.
     restarts: independent runs.
     keep: which point of a path is returned.
 
@@ -82,7 +83,7 @@ class PGD(BoundedAttack):
 
     def _loss(self, clean: Tensor | None) -> Loss:
         if self.loss != "kl":
-            return LOSSES[self.loss]
+            return find_loss(self.loss, self.bn_mode)
         assert clean is not None
         return divergence(clean)
 
@@ -93,7 +94,8 @@ class PGD(BoundedAttack):
         if self.start_std is None:
             return self.ball.start(x, problem.generator)
         noise = torch.empty_like(x).normal_(0.0, self.start_std, generator=problem.generator)
-        return self.ball.project(x + noise, x)
+        # With keep "best" the start may be what is returned.
+        return self.ball.project(x + noise, x) if self.keep == "best" else x + noise
 
     def _moved(self, point: Tensor, x: Tensor, gradient: Tensor, out: Tensor | None = None) -> Tensor:
         return self.ball.step(point, x, gradient, self.step, fraction=self.fraction, out=out)
