@@ -69,6 +69,12 @@ def test_train_then_evaluate(run, tmp_path: Path, model: str) -> None:
     ]
     assert found["training"] == record["costs"]
 
+    compared = run("compare", str(tmp_path), "--output", str(tmp_path / "compared"))
+    assert compared.exit_code == 0 and "worst case, ε = 0.1, %" in compared.output
+    assert (tmp_path / "compared" / "robust_accuracy.png").read_bytes().startswith(PNG)
+    with pytest.raises(ValueError, match=r"has no AutoAttack; run first: emr evaluate .* --eps 0.2"):
+        run("export-robustbench", str(tmp_path), "--eps", "51/255")
+
 
 def test_flags_override_the_config_file(run, tmp_path: Path) -> None:
     config = tmp_path / "c.yaml"

@@ -164,6 +164,14 @@ def test_robust_means_right_before_and_after() -> None:
     assert found.worst(epsilon).correct == int(everything.sum())
 
 
+def test_what_is_wrong_stays_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the attack ends at a point that is right."""
+    model, data, _, _ = linear()
+    monkeypatch.setattr(Measure, "_far", lambda self, attack, title: torch.full((40,), math.inf))
+    found = evaluate(model, data, Settings(("fgsm", "deepfool"), (0.1,), margins=False))
+    assert [a.accuracy.correct for a in found.attacks] == [35, 35]
+
+
 def test_worst_case_is_of_each_image() -> None:
     def broken(name: str, bits: str) -> dict:
         accuracy = {"name": name, "epsilon": 0.1, "settings": {}, "costs": {}, "robust": bits}
