@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from emr_training.checkpoint import save_checkpoint, write_atomically
 from emr_training.config import RunConfig, dump_config
 from emr_training.costs import Meter
-from emr_training.data import Augmentation, Data, as_floats
+from emr_training.data import Data
 from emr_training.defenses import Defense, Losses
 from emr_training.training.averaging import Average
 from emr_training.training.batches import make_order
 from emr_training.training.build import make_defense, make_optimizer, make_penalties
 from emr_training.training.costs import penalty_passes
+from emr_training.training.images import TrainingImages
 from emr_training.training.metrics import EpochMetrics, MetricFiles
 from emr_training.training.schedule import learning_rate_factor
 from emr_training.training.snapshot import STATE, capture, load_state, restore, save_state
@@ -58,30 +59,28 @@ class Loop:
 
         if trainer.sync_batchnorm and self.world > 1:
             self.model = model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        self._format = torch.channels_last if trainer.channels_last and len(self.input_shape) == 3 else None
-        if self._format is not None:
-            model.to(memory_format=self._format)  # type: ignore[call-overload]
+        layout = torch.channels_last if trainer.channels_last and len(self.input_shape) == 3 else None
+        if layout is not None:
+            model.to(memory_format=layout)  # type: ignore[call-overload]
         self.optimizer = make_optimizer(config.optimizer, model)
         self.rates = [config.optimizer.learning_rate for _ in self.optimizer.param_groups]
         self.wrapped, self.fabric_optimizer = fabric.setup(model, self.optimizer)
         self.wrapped.register_forward_pre_hook(self._count)
         self.average = Average(trainer.average, model) if trainer.average.name != "none" else None
         self.result: nn.Module = model if self.average is None else self.average.model
-        self.dtype = next(p.dtype for p in model.parameters())
         self.penalties = make_penalties(config, model, self.parts)
         self.given = config.penalties.given()
         self.defense = make_defense(config, tuple(self.penalties.values()), self.parts)
 
         # Streams of their own: batches come in the same order whether or not the method draws random starts.
         self.order = make_order(config, len(data), 0 if extra is None else len(extra))
-        self.starts = torch.Generator(self.device).manual_seed(trainer.seed + _STRIDE * self.rank)
-        self.changes = torch.Generator(self.device).manual_seed(trainer.seed + _STRIDE * self.rank + 1)
-        self.augmentation = Augmentation(**config.data.augmentation.model_dump())
-        self.data = (data if extra is None else data.followed_by(extra)).to(self.device)
+        seed, dtype = trainer.seed + _STRIDE * self.rank, next(p.dtype for p in model.parameters())
+        self.starts = torch.Generator(self.device).manual_seed(seed)
+        self.images = TrainingImages(config.data.augmentation, data, extra, self.device, dtype, layout, seed=seed + 1)
         self.validation = None
         if validation is not None and len(validation):
             held_out = validation.to(self.device)
-            if self.dtype is torch.float64:
+            if dtype is torch.float64:
                 held_out = Data(held_out.images().double(), held_out.y)
             self.validation = Validation(config, held_out, self.rank, self.world, self._sum)
         self.steps = trainer.epochs * self.order.batches
@@ -154,7 +153,8 @@ class Loop:
 
     def _finish_epoch(self) -> None:
         if self.average is not None:
-            self.average.after_epoch(self.epoch, self._images())
+            plain = self.images.unchanged(max(self.config.trainer.batch_size, 256))
+            self.average.after_epoch(self.epoch, plain)
         clean, robust = self._validate()
         totals = {name: float(self._sum(value)) for name, value in sorted(self.sums.items())}
         seen = float(self._sum(torch.tensor(float(self.seen), device=self.device)))
@@ -176,7 +176,7 @@ class Loop:
         self.history.append(metrics)
         self.epoch += 1
         self.sums, self.seen, self.seconds = {}, 0, 0.0
-        better = self._is_better(metrics)
+        better = metrics.is_better_than(self.best, self.config.evaluation.select)
         if better:
             self.best, self.worse = metrics, 0
         elif clean is not None:
@@ -204,33 +204,7 @@ class Loop:
         self.meter.tally.add(len(self.validation) / self.world, 0)
         return self.validation.measure(self.result)
 
-    def _is_better(self, metrics: EpochMetrics) -> bool:
-        def accuracy(of: EpochMetrics) -> float | None:
-            robust = self.config.evaluation.select == "robust"
-            return of.validation_robust_accuracy if robust else of.validation_accuracy
-
-        now = accuracy(metrics)
-        if now is None or self.best is None:
-            return now is not None
-        return now > (accuracy(self.best) or 0.0)
-
-    def _images(self) -> Iterator[Tensor]:
-        """The training images, unchanged, in large batches."""
-        for index in torch.arange(len(self.data)).split(max(self.config.trainer.batch_size, 256)):
-            yield self._laid_out(self.data.images(index.to(self.device)))
-
     # Steps
-
-    def _batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        index = index.to(self.device)
-        x, y = self.data.x[index], self.data.y[index]
-        if self.augmentation.changes and x.dim() == 4:
-            x, y, *_ = self.augmentation(x, y, self.changes)
-        return self._laid_out(as_floats(x)), y
-
-    def _laid_out(self, x: Tensor) -> Tensor:
-        x = x.to(self.dtype)
-        return x if self._format is None else x.contiguous(memory_format=self._format)
 
     def _train_on(self, defense: Defense, index: Tensor) -> None:
         """One update from the whole batch `index`, of which this process runs its share."""
@@ -268,7 +242,7 @@ class Loop:
         self._report(terms, len(index))
 
     def _losses(self, defense: Defense, chunk: Tensor, index: Tensor) -> Losses:
-        x, y = self._batch(chunk)
+        x, y = self.images.batch(chunk)
         try:
             with self.fabric.autocast():
                 losses = defense(self.wrapped, x, y, generator=self.starts)

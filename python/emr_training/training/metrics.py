@@ -37,6 +37,20 @@ class EpochMetrics:
     images_per_second: float
     costs: Costs
 
+    def is_better_than(self, other: EpochMetrics | None, select: str) -> bool:
+        """Whether the validation accuracy, "robust" or "clean", is above the other epoch's; above none if there is one.
+
+        False without validation.
+        """
+
+        def accuracy(of: EpochMetrics) -> float | None:
+            return of.validation_robust_accuracy if select == "robust" else of.validation_accuracy
+
+        now = accuracy(self)
+        if now is None or other is None:
+            return now is not None
+        return now > (accuracy(other) or 0.0)
+
     def as_dict(self) -> dict[str, Any]:
         """The numbers, for JSON."""
         return asdict(self)

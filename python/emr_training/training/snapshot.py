@@ -54,7 +54,7 @@ def capture(loop: Loop) -> dict[str, Any]:
     own: dict[str, Any] = {
         "random": torch.get_rng_state(),
         "starts": loop.starts.get_state(),
-        "changes": loop.changes.get_state(),
+        "changes": loop.images.changes.get_state(),
         "penalties": {name: penalty_state(penalty) for name, penalty in loop.penalties.items()},
         "sums": loop.sums,
         "seen": loop.seen,
@@ -91,7 +91,7 @@ def restore(loop: Loop, state: dict[str, Any]) -> None:
     loop.order.load_state_dict(state["order"])
     own = state["processes"][loop.rank]
     loop.starts.set_state(own["starts"])
-    loop.changes.set_state(own["changes"])
+    loop.images.changes.set_state(own["changes"])
     for name, penalty in loop.penalties.items():
         set_penalty_state(penalty, own["penalties"][name], loop.device)
     loop.sums = {name: value.to(loop.device) for name, value in own["sums"].items()}
