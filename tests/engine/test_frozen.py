@@ -12,7 +12,7 @@ import zoo
 from emr_kernels.linearize import LinearizedPoint
 from emr_kernels.linearize.cache import find_program
 from emr_kernels.linearize.program import Program
-from emr_kernels.linearize.rules.packed import PackedConvolution, PackedLinear
+from emr_kernels.linearize.rules.packed import PackedConvolution, linear
 from zoo import Entry
 
 MODELS = ["wrn_10_2", "densenet", "small_cnn", "preact_resnet18_narrow", "mlp_batchnorm", "vit"]
@@ -101,17 +101,14 @@ def test_other_convolutions_are_not_packed(layer: Any, dtype: torch.dtype) -> No
     assert PackedConvolution.of(x, layer.weight.detach().to(dtype), None, options) is None
 
 
+@pytest.mark.parametrize("rows", [200, 3, 0])
 @pytest.mark.parametrize("bias", [False, True])
-def test_packed_linear(bias: bool) -> None:
+def test_linear(rows: int, bias: bool) -> None:
     layer = nn.Linear(700, 12, bias=bias)
-    x = torch.randn(200, 700, requires_grad=True)
-    output = layer(x)
-    seed = torch.randn_like(output)
-    (expected,) = torch.autograd.grad(output, x, seed)
-    packed = PackedLinear.of(x.detach(), layer.weight.detach(), layer.bias.detach() if bias else None)
-    if packed is None:
-        pytest.skip("this build of torch has no oneDNN")
-    assert packed.takes(x) and packed.takes(seed) and not packed.takes(x[:100])
-    torch.testing.assert_close(packed.forward(x.detach()), output.detach(), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(packed.vjp(seed), expected, rtol=1e-5, atol=1e-5)
-    assert PackedLinear.of(x.double(), layer.weight.double(), None) is None
+    x = torch.randn(2, rows, 700)
+    packed = linear(x, layer.weight.detach(), layer.bias.detach() if bias else None)
+    torch.testing.assert_close(packed, layer(x).detach(), rtol=1e-5, atol=1e-5)
+    seed = torch.randn(rows, 12)
+    torch.testing.assert_close(
+        linear(seed, layer.weight.detach().T, None), seed @ layer.weight.detach(), rtol=1e-5, atol=1e-5
+    )

@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 
 from emr_kernels.linearize.graph import Node
 from emr_kernels.linearize.rules.base import Rule, Tensors, rule_for
-from emr_kernels.linearize.rules.packed import PackedConvolution, PackedLinear
+from emr_kernels.linearize.rules.packed import PackedConvolution, linear
 
 aten = torch.ops.aten
 
@@ -216,30 +215,16 @@ class LinearRule(BilinearRule):
 
     weight_dims = 2
 
-    def __init__(self, node: Node) -> None:
-        super().__init__(node)
-        self._packed: PackedLinear | None = None
-
-    def frozen(self, args: tuple[Any, ...]) -> Rule:
-        rule = copy.copy(self)
-        rule._packed = PackedLinear.of(*args)
-        return rule
-
     def forward(self, args: tuple[Any, ...], primal: bool) -> tuple[Any, Any]:
         input, weight, bias = args
-        packed = self._packed
-        output = packed.forward(input) if packed is not None and packed.takes(input) else F.linear(input, weight, bias)
-        return output, _LinearResidual(weight, input if primal else None)
+        return linear(input, weight, bias), _LinearResidual(weight, input if primal else None)
 
     def vjp(self, residual: _LinearResidual, cotangent: Any) -> Tensors:
-        packed = self._packed
-        if packed is not None and packed.weight is residual.weight and packed.takes(cotangent):
-            return (packed.vjp(cotangent),)
-        return (cotangent @ residual.weight,)
+        return (linear(cotangent, residual.weight.T, None),)
 
     def jvp(self, residual: _LinearResidual, tangents: Tensors) -> Any:
         assert tangents[0] is not None
-        return F.linear(tangents[0], residual.weight)
+        return linear(tangents[0], residual.weight, None)
 
     def _weight_grad(self, residual: _LinearResidual, cotangent: torch.Tensor, operand: torch.Tensor) -> torch.Tensor:
         return cotangent.flatten(0, -2).T @ operand.flatten(0, -2)

@@ -1,9 +1,9 @@
-"""Layers by a weight that stays what it is, in float32 on the CPU by oneDNN.
+"""What oneDNN computes faster than the operators of `aten`, in float32 on the CPU.
 
-Convolutions keep the weight in the layout that oneDNN works in. `aten::convolution` brings it there at every call, on
-one thread for the small ones and between two waits for all threads; for wide layers at small batches that is a tenth
-and more of the call. The weight of a linear layer needs no packing; between many features and few classes oneDNN's
-products run at up to three times the speed of the library that `aten::linear` calls.
+Convolutions by a weight that stays what it is keep it in the layout that oneDNN works in: `aten::convolution` brings it
+there at every call, on one thread for the small ones and between two waits for all threads; for wide layers at small
+batches that is a tenth and more of the call. Products with a linear layer's weight need no packing; they run at up to
+three times the speed of the library that `aten::linear` calls where few classes come out of many features.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 mkldnn = torch.ops.mkldnn
 #: Products of fewer multiplications are done before oneDNN has found its kernel.
@@ -88,33 +89,10 @@ class PackedConvolution:
         return result
 
 
-class PackedLinear:
-    """One linear layer, forward and vjp.
-
-    Attributes:
-        weight: `[D, H]`.
-    """
-
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        self.weight = weight
-        self._bias = bias
-
-    @classmethod
-    def of(cls, input: Any, weight: torch.Tensor, bias: torch.Tensor | None) -> PackedLinear | None:
-        """The layer; None where oneDNN would not run it."""
-        return cls(weight, bias) if _serves(input, weight) and weight.dim() == 2 else None
-
-    def takes(self, tensor: torch.Tensor) -> bool:
-        """Whether the product with an input or a cotangent is large enough."""
-        rows = tensor.numel() // max(1, tensor.shape[-1])
-        return tensor.dtype is torch.float32 and rows * self.weight.numel() >= _LEAST_PRODUCT
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """The product of the input, [..., H], and the bias."""
-        output: torch.Tensor = mkldnn._linear_pointwise(input, self.weight, self._bias, "none", [], "")
-        return output
-
-    def vjp(self, cotangent: torch.Tensor) -> torch.Tensor:
-        """The cotangent of the input."""
-        result: torch.Tensor = mkldnn._linear_pointwise(cotangent, self.weight.t(), None, "none", [], "")
-        return result
+def linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """input Wᵀ + bias: [..., H] and [D, H] to [..., D]."""
+    rows = input.numel() // max(1, input.shape[-1])
+    if not _serves(input, weight) or rows * weight.numel() < _LEAST_PRODUCT:
+        return F.linear(input, weight, bias)
+    output: torch.Tensor = mkldnn._linear_pointwise(input, weight, bias, "none", [], "")
+    return output

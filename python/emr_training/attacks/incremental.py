@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from emr_kernels.linearize.graph import Graph, Node, Ref, resolve
 from emr_kernels.linearize.program import Program
-from emr_kernels.linearize.rules.packed import PackedConvolution, PackedLinear
+from emr_kernels.linearize.rules.packed import PackedConvolution
+from emr_kernels.linearize.rules.packed import linear as linear_layer
 from emr_kernels.ops import read_windows, write_windows
 
 aten = torch.ops.aten
@@ -171,8 +172,7 @@ class Incremental:
         weight: Tensor = resolve(linear.args[1:2], values)[0]
         ordered = weight.view(len(weight), channels, height, width).permute(0, 2, 3, 1).reshape(len(weight), -1)
         (bias,) = resolve(linear.args[2:], values) if len(linear.args) > 2 else (None,)
-        layer = PackedLinear.of(weight, ordered, bias)
-        return lambda x: layer.forward(x) if layer is not None and layer.takes(x) else F.linear(x, ordered, bias)
+        return lambda x: linear_layer(x, ordered, bias)
 
     @property
     def _flattens(self) -> bool:
