@@ -30,6 +30,19 @@ from emr_training.config.presets import preset, presets
         ({"defense.mail": {}}, "defense: expected at, trades or mart beside mail"),
         ({"trainer.accumulate": 5}, "trainer.batch_size is 64; expected a multiple of trainer.accumulate, 5"),
         ({"trainer.patience": 2, "data.validation": 0}, "trainer.patience is given, data.validation is 0; expected"),
+        ({"defense": "mart", "data.augmentation.cutmix": True}, "defense.name is mart with data.augmentation.cutmix; "),
+        (
+            {"defense": {"name": "at", "burn_in": {"name": "mart"}}, "data.augmentation.cutmix": True},
+            "defense.burn_in.name is mart with data.augmentation.cutmix; expected none, as CutMix mixes two labels",
+        ),
+        (
+            {"defense": {"name": "at", "mail": {}}, "data.augmentation.cutmix": True},
+            "defense.mail is given with data.au",
+        ),
+        (
+            {"defense.logit_margin": 3.0, "data.augmentation.cutmix": True},
+            "defense.logit_margin is given with data.augm",
+        ),
         ({"data.extra_fraction": 0.5}, "data.extra_fraction is given without data.extra; expected a file"),
     ],
 )

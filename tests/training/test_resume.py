@@ -25,6 +25,7 @@ from emr_training.training import train
 #: All that has a state of its own: momentum, a schedule, averages, random starts, penalties that draw or count.
 OPTIONS: dict[str, dict[str, Any]] = {
     "at-emr": {"defense": "at", "penalties.emr": {"every": 2, "subset": 0.5}, "trainer.average": "ema"},
+    "cutmix": {"defense": "trades", "data.augmentation": {"crop_padding": 1, "flip": True, "cutmix": True}},
     "trades": {"defense": "trades", "penalties.llr": {}, "optimizer.name": "adamw", "optimizer.learning_rate": 1e-3},
     "mail": {"defense": "at", "defense.mail": {}, "defense.burn_in.epoch": 2, "trainer.average": "swa"},
 }

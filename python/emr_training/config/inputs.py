@@ -19,6 +19,10 @@ class AugmentationConfig(Section):
     crop_padding: int = Field(0, ge=0, description="Pixels of zero padding before a random crop to the same size.")
     flip: bool = Field(False, description="Mirror half of the images.")
     cutout: int = Field(0, ge=0, description="Side of a square set to zero, in pixels.")
+    cutmix: bool = Field(
+        False,
+        description="Paste a window of another image into each, and mix the labels by area (standard, at, trades).",
+    )
 
 
 class DataConfig(Section):

@@ -36,7 +36,26 @@ class RunConfig(Section):
             raise ValueError("trainer.patience is given, data.validation is 0; expected images to validate on")
         if self.data.extra_fraction and self.data.extra is None:
             raise ValueError("data.extra_fraction is given without data.extra; expected a file of images")
+        if self.data.augmentation.cutmix:
+            self._check_mixed_labels()
         return self
+
+    def _check_mixed_labels(self) -> None:
+        """Refuse what is defined for images of one label."""
+        given = self.defense
+        burn_in = None if given.burn_in is None else given.burn_in.name
+        found = {
+            "defense.name is mart": given.name == "mart",
+            "defense.burn_in.name is mart": burn_in == "mart",
+            "defense.mail is given": given.mail is not None,
+            "defense.logit_margin is given": given.logit_margin > 0,
+        }
+        for what, there in found.items():
+            if there:
+                raise ValueError(
+                    f"{what} with data.augmentation.cutmix; expected none, as CutMix mixes two labels in an image and "
+                    "this needs one"
+                )
 
     @property
     def method(self) -> str:

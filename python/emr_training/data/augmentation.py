@@ -25,6 +25,13 @@ class Mixed(NamedTuple):
     other: Tensor | None = None
     share: Tensor | None = None
 
+    def labels(self, classes: int) -> Tensor:
+        """y [N], or after CutMix the probabilities of the classes, [N, classes], in float32."""
+        if self.other is None or self.share is None:
+            return self.y
+        own, other = (F.one_hot(y, classes).float() for y in (self.y, self.other))
+        return other.lerp(own, self.share[:, None])
+
 
 @dataclass(frozen=True)
 class Augmentation:

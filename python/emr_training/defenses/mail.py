@@ -40,5 +40,9 @@ class MAIL:
 
 
 def weighting(mail: MAIL | None, logits: Tensor, y: Tensor) -> dict[str, Any]:
-    """The arguments of `robust_loss` for these weights; none without."""
-    return {} if mail is None else mail.options(logits, y)
+    """The arguments of `robust_loss` for these weights; none without. Raises ValueError for class probabilities y."""
+    if mail is None:
+        return {}
+    if y.dim() != 1:
+        raise ValueError("y holds class probabilities with MAIL's weights; expected one label an image")
+    return mail.options(logits, y)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from emr_training.attacks import Attack
-from emr_training.defenses.base import Defense, Losses, cross_entropy, with_penalties
+from emr_training.defenses.base import Defense, Losses, cross_entropy, likeliest, with_penalties
 from emr_training.defenses.mail import MAIL, weighting
 from emr_training.errors import check_number, check_smoothing
 from emr_training.guard import bare
@@ -42,8 +42,8 @@ class PGDAT(Defense):
         check_number("logit_margin", self.logit_margin, low=0.0)
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> Losses:
-        """Loss terms for images x [N, ...] in [0, 1] and labels y [N] (int64)."""
-        x_adv = self.attack(bare(model), x, y, generator=generator)
+        """Loss terms for images x [N, ...] in [0, 1] and labels y [N] (int64) or [N, C]."""
+        x_adv = self.attack(bare(model), x, likeliest(y), generator=generator)
         if self.clean_forward:
             with torch.no_grad():
                 bare(model)(x)

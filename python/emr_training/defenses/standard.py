@@ -30,7 +30,7 @@ class Standard(Defense):
         check_number("logit_margin", self.logit_margin, low=0.0)
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> Losses:
-        """Loss terms for images x [N, ...] and labels y [N] (int64)."""
+        """Loss terms for images x [N, ...] and labels y [N] (int64) or [N, C]."""
         logits = model(x)
         loss = cross_entropy(logits, y, logit_margin=self.logit_margin, smoothing=self.smoothing)
         terms = {"cross_entropy": loss.mean()}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from emr_kernels import robust_loss
 from emr_training.attacks import Attack
-from emr_training.defenses.base import Defense, Losses, cross_entropy, with_penalties
+from emr_training.defenses.base import Defense, Losses, cross_entropy, likeliest, with_penalties
 from emr_training.defenses.mail import MAIL, weighting
 from emr_training.errors import check_count, check_number, check_smoothing
 from emr_training.guard import bare
@@ -51,12 +51,13 @@ class TRADES(Defense):
             check_count("batch_size", self.batch_size)
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> Losses:
-        """Loss terms for images x [N, ...] in [0, 1] and labels y [N] (int64); the logits are the clean ones."""
-        x_adv = self.attack(bare(model), x, y, generator=generator)
+        """Loss terms for images x [N, ...] in [0, 1] and labels y [N] (int64) or [N, C]; the logits are the clean."""
+        label = likeliest(y)
+        x_adv = self.attack(bare(model), x, label, generator=generator)
         logits = model(x)
         adversarial = model(x_adv)
         clean = model(x) if self.clean_forwards == 2 else logits
-        divergence = robust_loss(adversarial, clean, y, kind="kl", **weighting(self.mail, adversarial, y))
+        divergence = robust_loss(adversarial, clean, label, kind="kl", **weighting(self.mail, adversarial, y))
         loss = cross_entropy(logits, y, logit_margin=self.logit_margin, smoothing=self.smoothing)
         terms = {
             "cross_entropy": loss.mean(),

@@ -16,6 +16,7 @@ class TrainingImages:
 
     Batches have the type `dtype` and the memory format `layout` (None: as they come), and are augmented by `config`.
 
+    classes: how many there are, for CutMix's labels.
     changes: the source of the augmentation's random numbers; a generator of its own, so that batches come alike whether
         or not the method draws random starts.
     """
@@ -23,6 +24,7 @@ class TrainingImages:
     def __init__(
         self,
         config: AugmentationConfig,
+        classes: int,
         data: Data,
         extra: Data | None,
         device: torch.device,
@@ -33,15 +35,17 @@ class TrainingImages:
         self.changes = torch.Generator(device).manual_seed(seed)
         self._data = (data if extra is None else data.followed_by(extra)).to(device)
         self._augmentation = Augmentation(**config.model_dump())
+        self._classes = classes
         self._device, self._dtype, self._layout = device, dtype, layout
 
     def batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """The images of these numbers, [N, ...] in [0, 1], augmented, and their labels [N]."""
+        """The images of these numbers, [N, ...] in [0, 1], augmented, and their labels [N]; [N, C] after CutMix."""
         index = index.to(self._device)
         x, y = self._data.x[index], self._data.y[index]
-        if self._augmentation.changes and x.dim() == 4:
-            x, y, *_ = self._augmentation(x, y, self.changes)
-        return self._laid_out(as_floats(x)), y
+        if not self._augmentation.changes:
+            return self._laid_out(as_floats(x)), y
+        mixed = self._augmentation(x, y, self.changes)
+        return self._laid_out(mixed.x), mixed.labels(self._classes)
 
     def unchanged(self, batch_size: int) -> Iterator[Tensor]:
         """All images, without augmentation, in batches of this size."""

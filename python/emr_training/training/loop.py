@@ -16,7 +16,7 @@ from emr_training.checkpoint import save_checkpoint, write_atomically
 from emr_training.config import RunConfig, dump_config
 from emr_training.costs import Meter
 from emr_training.data import Data
-from emr_training.defenses import Defense, Losses
+from emr_training.defenses import Defense, Losses, likeliest
 from emr_training.training.averaging import Average
 from emr_training.training.batches import make_order
 from emr_training.training.build import make_defense, make_optimizer, make_penalties
@@ -76,7 +76,9 @@ class Loop:
         self.order = make_order(config, len(data), 0 if extra is None else len(extra))
         seed, dtype = trainer.seed + _STRIDE * self.rank, next(p.dtype for p in model.parameters())
         self.starts = torch.Generator(self.device).manual_seed(seed)
-        self.images = TrainingImages(config.data.augmentation, data, extra, self.device, dtype, layout, seed=seed + 1)
+        self.images = TrainingImages(
+            config.data.augmentation, classes, data, extra, self.device, dtype, layout, seed=seed + 1
+        )
         self.validation = None
         if validation is not None and len(validation):
             held_out = validation.to(self.device)
@@ -258,7 +260,7 @@ class Loop:
             if penalty.strength:
                 forwards, backwards = penalty_passes(self.given[name])
                 self.meter.tally.add(forwards * len(chunk), backwards * len(chunk))
-        right = (losses.logits.detach().argmax(1) == y).sum().double()
+        right = (losses.logits.detach().argmax(1) == likeliest(y)).sum().double()
         self.sums["\0correct"] = self.sums.get("\0correct", 0) + right
         self.seen += len(chunk)
         return losses

@@ -85,7 +85,8 @@ def train(
         on_step: called with (step, steps in all, images of the step), in the first process.
 
     Raises:
-        ConfigError: for a batch larger than `data`, or one that does not divide by the number of devices.
+        ConfigError: for augmentation of what are no images, for a batch larger than `data`, or for one that does not
+            divide by the number of devices.
         TrainingDiverged: when the loss is no longer finite; names the step, the images and the last good checkpoint.
         CheckpointError: for a state that is damaged or of another run, or that cannot be written.
     """
@@ -94,6 +95,8 @@ def train(
         raise ConfigError(
             f"trainer.batch_size is {trainer.batch_size}; expected at most {len(data)}, the training images"
         )
+    if any(config.data.augmentation.model_dump().values()) and data.x.dim() != 4:
+        raise ConfigError(f"data.augmentation is given with images {list(data.x.shape[1:])}; expected [C, H, W]")
     if resume and output is None:
         raise ConfigError("resume is true without output; expected the folder of the run")
     fabric = _fabric(config)
