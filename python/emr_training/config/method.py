@@ -21,6 +21,9 @@ class AttackConfig(Section):
     step_size: Number | None = Field(
         None, gt=0, description="In the same units; null: 2.5 * epsilon / steps, for rfgsm 1.25 * epsilon."
     )
+    warmup: int = Field(
+        0, ge=0, description="Epochs in which radius and step size rise in equal parts; whole in the last of them."
+    )
     loss: Literal["ce", "cw", "dlr", "kl"] | None = Field(
         None, description="What the attack increases; null: kl for TRADES, ce for the others."
     )

@@ -143,11 +143,11 @@ _CIFAR: Options = {
 }
 
 
-def _grey(epsilon: float, step_size: float) -> Options:
+def _grey(epsilon: float, step_size: float, warmup: int) -> Options:
     """28x28 images of one channel."""
     return {
         "data": {"validation": 5000},
-        "attack": {"epsilon": epsilon, "steps": 10, "step_size": step_size},
+        "attack": {"epsilon": epsilon, "steps": 10, "step_size": step_size, "warmup": warmup},
         "optimizer": {"learning_rate": 0.05},
         "schedule": {"name": "cosine", "warmup": 1},
         "trainer": {"epochs": 20, "batch_size": 128},
@@ -158,8 +158,8 @@ def _grey(epsilon: float, step_size: float) -> Options:
 #: Data set, its title, its models, and what it needs.
 _SETS: dict[str, tuple[str, tuple[str, ...], Options]] = {
     "digits": ("scikit-learn's digits", ("mlp", "cnn"), {}),
-    "mnist": ("MNIST", ("mlp", "cnn"), _grey(0.3, 0.06)),
-    "fashion-mnist": ("Fashion-MNIST", ("mlp", "cnn"), _grey(0.1, 0.02)),
+    "mnist": ("MNIST", ("mlp", "cnn"), _grey(0.3, 0.06, 5)),
+    "fashion-mnist": ("Fashion-MNIST", ("mlp", "cnn"), _grey(0.1, 0.02, 0)),
     "cifar10": ("CIFAR-10", ("preactresnet-18", "wrn-28-10", "wrn-34-10", "wrn-34-10-pad"), _CIFAR),
     "cifar100": ("CIFAR-100", ("preactresnet-18", "wrn-28-10", "wrn-34-10", "wrn-34-10-pad"), _CIFAR),
 }

@@ -6,6 +6,7 @@ from emr_training.defenses.burn_in import BurnIn
 from emr_training.defenses.mail import MAIL
 from emr_training.defenses.mart import MART
 from emr_training.defenses.pgd_at import PGDAT
+from emr_training.defenses.rising import Rising
 from emr_training.defenses.standard import Standard
 from emr_training.defenses.trades import TRADES
 
@@ -17,6 +18,7 @@ __all__ = [
     "BurnIn",
     "Defense",
     "Losses",
+    "Rising",
     "Standard",
     "likeliest",
     "mart_loss",

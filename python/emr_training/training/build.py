@@ -12,7 +12,7 @@ from emr_training.attacks import FGSM, PGD, RFGSM, Attack
 from emr_training.config import RunConfig
 from emr_training.config.method import AttackConfig, EMRConfig
 from emr_training.config.optimization import OptimizerConfig
-from emr_training.defenses import MAIL, MART, PGDAT, TRADES, BurnIn, Defense, Standard
+from emr_training.defenses import MAIL, MART, PGDAT, TRADES, BurnIn, Defense, Rising, Standard
 from emr_training.models import build_model
 from emr_training.models.hypersphere import with_hypersphere_head
 from emr_training.penalties import EMR, LLR, WEISSI, FiniteDifference, InputGradient, Jacobian, Penalty
@@ -96,8 +96,15 @@ def make_defense(config: RunConfig, penalties: Sequence[Penalty], parts: int = 1
 def _one_defense(
     config: RunConfig, name: str, attack: AttackConfig, penalties: Sequence[Penalty], parts: int, *, proper: bool
 ) -> Defense:
-    """The defense of this name; what only the defense `proper` has (MAIL and the released code's ways) is left out of
-    a burn-in."""
+    """The defense of this name, its attack rising; what only the defense `proper` has (MAIL and the released code's
+    ways) is left out of a burn-in."""
+    made = _whole_defense(config, name, attack, penalties, parts, proper=proper)
+    return Rising(made, attack.warmup) if attack.warmup and name != "standard" else made
+
+
+def _whole_defense(
+    config: RunConfig, name: str, attack: AttackConfig, penalties: Sequence[Penalty], parts: int, *, proper: bool
+) -> Defense:
     given = config.defense
     plain = {"penalties": tuple(penalties), "smoothing": given.smoothing, "logit_margin": given.logit_margin}
     if name == "standard":
