@@ -128,7 +128,7 @@ def add_penalty(request: Request, point: Point, sink: Sink) -> torch.Tensor:
     return total
 
 
-def _deferred_passes(
+def deferred_passes(
     request: Request, x: torch.Tensor, leaves: Sequence[torch.Tensor], wanted: tuple[bool, ...], wants_x: bool
 ) -> tuple[Sink, list[_Pass], torch.Tensor]:
     """Forward and vjp alone, for a result `[N]`: the tangents wait for its cotangent."""
@@ -156,7 +156,7 @@ class PenaltyFunction(torch.autograd.Function):
     def forward(ctx: Any, request: Request, x: torch.Tensor, *leaves: torch.Tensor) -> torch.Tensor:
         factor, wanted, wants_x = request.factor, tuple(ctx.needs_input_grad[2:]), bool(ctx.needs_input_grad[1])
         if factor is None:
-            sink, deferred, unreduced = _deferred_passes(request, x, leaves, wanted, wants_x)
+            sink, deferred, unreduced = deferred_passes(request, x, leaves, wanted, wants_x)
             ctx.deferred = (sink, deferred)
             ctx.save_for_backward(x, *leaves)
             return report(request, unreduced)

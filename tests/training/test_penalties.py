@@ -138,11 +138,15 @@ def test_finite_difference_of_a_flat_loss_is_zero(images: tuple[Tensor, Tensor])
     assert torch.isfinite(model[1].weight.grad).all()
 
 
-def test_local_linearity(curved: nn.Module, images: tuple[Tensor, Tensor]) -> None:
+@pytest.mark.parametrize("training", [True, False])
+def test_local_linearity(curved: nn.Module, images: tuple[Tensor, Tensor], training: bool) -> None:
     x, y = images
-    curved.eval()
+    curved.train(training)
     penalty, twin = LLR(curved, 1.0, 0.2, steps=3), LLR(curved, 1.0, 0.2, steps=3)
+    before = curved[2].running_mean.clone()
     value = penalty(x, y)
+    assert curved.training is training and torch.equal(curved[2].running_mean, before)
+    curved.eval()
     point = twin._worst(x, y)
     rise = ((point - x) * slopes(curved, x, y)).flatten(1).sum(1)
     gap = (losses(curved, point, y) - losses(curved, x, y) - rise).abs()

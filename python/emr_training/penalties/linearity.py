@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from emr_kernels.linearize.wrappers import evaluation_mode
+from emr_kernels.slope import loss_slopes
 from emr_training.attacks.balls import Ball
 from emr_training.attacks.base import check_choice, per_row
 from emr_training.errors import check_count, check_number
@@ -78,9 +80,9 @@ class LLR:
     """Local linearity regularisation: gamma + ratio * mean_i |d_i . grad CE(x_i)|; Qin et al. 2019.
 
     gamma = mean_i |CE(x_i + d_i) - CE(x_i) - d_i . grad CE(x_i)| at the d_i of the Linf ball of `epsilon` that makes it
-    largest, found by `steps` of sign ascent (of step_size, None: epsilon / 2) in evaluation mode from a uniform start.
-    The paper's lambda is the strength, its mu strength * ratio (4 and 3 on CIFAR-10). The gradient inside is
-    differentiated by double backward, in the mode the model is in.
+    largest, found by `steps` of sign ascent (of step_size, None: epsilon / 2) from a uniform start. The paper's lambda
+    is the strength, its mu strength * ratio (4 and 3 on CIFAR-10). All in evaluation mode, where each image has a loss
+    of its own; without double backward where the model can be linearized.
     """
 
     model: nn.Module
@@ -125,9 +127,7 @@ class LLR:
         """The penalty at images x [N, ...] with labels y [N], a scalar without the strength."""
         x = x.detach()
         point = self._worst(x, y)
-        leaf = x.clone().requires_grad_()
-        here = _losses(self.model, leaf, y)
-        (slope,) = torch.autograd.grad(here.sum(), leaf, create_graph=torch.is_grad_enabled())
-        rise = ((point - x) * slope).flatten(1).sum(1)
-        gamma = (_losses(self.model, point, y) - here - rise).abs()
+        rise = loss_slopes(self.model, x, y, point - x)
+        with evaluation_mode(self.model):
+            gamma = (_losses(self.model, point, y) - _losses(self.model, x, y) - rise).abs()
         return (gamma + self.ratio * rise.abs()).mean()

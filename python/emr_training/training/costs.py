@@ -28,6 +28,6 @@ def penalty_passes(config: PenaltyConfig) -> tuple[float, float]:
     if isinstance(config, FiniteDifferenceConfig):
         return (3 if config.central else 2), 3
     if isinstance(config, LLRConfig):
-        # The loss and its slope, the search, and the two points with the double backward.
+        # The loss and its slope, the search, the slope's four passes, and the two points.
         return 1 + config.steps + 4, 1 + config.steps + 4
     return 0, 0
