@@ -1,4 +1,4 @@
-"""The command line: `emr train`, `presets`, `demo`, `evaluate`, `compare`, `export-robustbench` and `info`."""
+"""The command line: `emr` with its commands, which `emr --help` lists."""
 
 from __future__ import annotations
 
@@ -75,6 +75,21 @@ def list_presets(
     width = max(len(p.name) for p in shown)
     for p in shown:
         console.print(f"{p.name:{width}}  {p.summary}", highlight=False, soft_wrap=True)
+
+
+@app.command(name="options")
+def list_options(
+    containing: Annotated[list[str] | None, typer.Argument(help="Only those with all of these in their keys.")] = None,
+) -> None:
+    """List every option of `emr train` as KEY=DEFAULT with what it is."""
+    from emr_training.config.listing import options
+
+    shown = [option for option in options() if all(part in option.key for part in containing or ())]
+    if not shown:
+        raise ConfigError(f"no option has {' and '.join(containing or ())} in its key")
+    for option in shown:
+        console.print(f"{option.key}={option.default}", style="bold", highlight=False, soft_wrap=True, markup=False)
+        console.print(f"    {option.description}", highlight=False, soft_wrap=True, markup=False)
 
 
 @app.command()

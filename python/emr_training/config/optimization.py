@@ -12,7 +12,7 @@ from emr_training.config.section import Number, Section
 class OptimizerConfig(Section):
     """The optimizer."""
 
-    name: Literal["sgd", "adamw"] = "sgd"
+    name: Literal["sgd", "adamw"] = Field("sgd", description="sgd or adamw, PyTorch's.")
     learning_rate: float = Field(0.1, gt=0, description="At the schedule's height.")
     momentum: float = Field(0.9, ge=0, lt=1, description="SGD.")
     nesterov: bool = Field(False, description="SGD.")
