@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -53,3 +54,52 @@ def test_two_processes_are_one(splits: Splits, tmp_path: Path, method: str) -> N
         assert found["costs"]["images"] == metrics.costs.images
         assert found["costs"]["forwards"] == pytest.approx(metrics.costs.forwards, rel=0.01)
     assert found["costs"]["device_seconds"] == 2 * found["costs"]["seconds"]
+
+
+STOPPED = """
+import os, signal, sys
+from pathlib import Path
+from typing import Any
+import torch
+from emr_training.config import make_config
+from emr_training.data import load_digits
+from emr_training.training import train
+torch.set_num_threads(1)
+stop, resume, output = int(sys.argv[1]), sys.argv[2] == "resume", Path(sys.argv[3])
+def on_step(step, steps, images):
+    if step == stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+options = {
+    "defense": "at",
+    "attack.steps": 3,
+    "penalties.emr": {"subset": 0.5, "every": 2},
+    "penalties.llr": {},
+    "data.augmentation": {"crop_padding": 1, "cutmix": True},
+    "trainer": {"epochs": 2, "device": "cpu", "average": "ema"},
+}
+splits = load_digits(0)
+result = train(make_config(options), splits.train, splits.validation, 10, output=output, resume=resume, on_step=on_step)
+assert bool(result.stopped) == bool(stop), result.stopped
+"""
+
+
+def test_two_processes_stopped_and_resumed(tmp_path: Path) -> None:
+    """The first process gets the signal, in the middle of the second epoch; both stop, and go on to the same bits."""
+    script = tmp_path / "train.py"
+    script.write_text(STOPPED)
+
+    def run(stop: int, how: str, output: str) -> dict[str, Any]:
+        arguments = [*TORCHRUN, str(script), str(stop), how, str(tmp_path / output)]
+        done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        state: dict[str, Any] = torch.load(tmp_path / output / "state.pt")
+        return state
+
+    whole = run(0, "anew", "whole")
+    assert run(20, "anew", "cut")["step"] == 20
+    resumed = run(0, "resume", "cut")
+    assert whole["step"] == resumed["step"] == 30
+    for part in ("model", "optimizer", "average", "order", "processes"):
+        torch.testing.assert_close(resumed[part], whole[part], rtol=0, atol=0)
+    one, other = whole["processes"]
+    assert not one["starts"].equal(other["starts"]) and not one["changes"].equal(other["changes"])

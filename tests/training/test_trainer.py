@@ -145,11 +145,16 @@ def test_costs_count_every_pass(splits: Splits) -> None:
     assert at.device_seconds == at.seconds > 0 and at.peak_memory_bytes > 1e7
 
 
-def test_accumulated_parts_are_one_batch(splits: Splits) -> None:
+@pytest.mark.parametrize(
+    "method",
+    [METHODS["at-emr"], {"defense": {"name": "trades", "nominal_batch": True}, "attack.loss": "ce"}],
+    ids=["at-emr", "trades"],
+)
+def test_accumulated_parts_are_one_batch(splits: Splits, method: dict[str, Any]) -> None:
     """In float64, with short batches, for the paper's reduction; rounding is all that may differ."""
     results = []
     for accumulate in (1, 4):
-        options = {**METHODS["at-emr"], "attack.random_start": False, "trainer.precision": "64"}
+        options = {**method, "attack.random_start": False, "trainer.precision": "64"}
         options |= {"trainer.epochs": 2, "trainer.drop_last": False, "trainer.accumulate": accumulate}
         data = Data(splits.train.x[:300], splits.train.y[:300])
         results.append(train(make_config(options), data, None, 10))
@@ -207,6 +212,30 @@ def test_sigterm_saves_and_ends(splits: Splits, tmp_path: Path) -> None:
     assert [m.losses for m in resumed.history] == [m.losses for m in whole.history]
     for one, other in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"defense": {"name": "at", "mail": {"normalize": True}}, "trainer.accumulate": 2},
+            "defense.mail.normalize is true with 1 devices, 2 parts each; expected one device and trainer.accumulate 1",
+        ),
+        (
+            {"defense": {"name": "trades", "nominal_batch": True}, "trainer": {"accumulate": 4, "drop_last": False}},
+            "defense.nominal_batch is true with 1 devices, 4 parts each, into which an epoch's last batch does not",
+        ),
+        ({"trainer.precision": "16-mixed"}, "trainer.precision is 16-mixed on the CPU; expected 32 or bf16-mixed"),
+        (
+            {"trainer.sync_batchnorm": True, "trainer.devices": 2},
+            "trainer.sync_batchnorm is true on CPUs; expected false there, as it needs GPUs",
+        ),
+    ],
+)
+def test_what_data_and_devices_rule_out(splits: Splits, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        train(make_config({**options, "trainer.device": "cpu"}), splits.train, None, 10)
+    assert str(caught.value).startswith(message)
 
 
 def test_batch_larger_than_the_data(splits: Splits) -> None:

@@ -67,6 +67,7 @@ def capture(loop: Loop) -> dict[str, Any]:
         "step": loop.step,
         "model": loop.model.state_dict(),
         "optimizer": loop.optimizer.state_dict(),
+        "precision": loop.fabric.strategy.precision.state_dict(),
         "average": None if loop.average is None else loop.average.state_dict(),
         "order": loop.order.state_dict(),
         "processes": of_all_processes(own, loop.world),
@@ -86,6 +87,7 @@ def restore(loop: Loop, state: dict[str, Any]) -> None:
         raise CheckpointError(f"{STATE} is of a run with another configuration; expected the one it was started with")
     loop.model.load_state_dict(state["model"])
     loop.optimizer.load_state_dict(state["optimizer"])
+    loop.fabric.strategy.precision.load_state_dict(state["precision"])
     if loop.average is not None:
         loop.average.load_state_dict(state["average"])
     loop.order.load_state_dict(state["order"])

@@ -85,27 +85,18 @@ def train(
         on_step: called with (step, steps in all, images of the step), in the first process.
 
     Raises:
-        ConfigError: for augmentation of what are no images, for a batch larger than `data`, or for one that does not
-            divide by the number of devices.
+        ConfigError: for what data or devices rule out, before any work: a batch larger than `data`, or one that does
+            not divide by the number of devices; augmentation of what are no images; "16-mixed" or synchronised
+            BatchNorm on CPUs; MAIL's normalised weights, or TRADES's nominal batch, where a batch is split unevenly.
         TrainingDiverged: when the loss is no longer finite; names the step, the images and the last good checkpoint.
         CheckpointError: for a state that is damaged or of another run, or that cannot be written.
     """
     trainer = config.trainer
-    if trainer.batch_size > len(data):
-        raise ConfigError(
-            f"trainer.batch_size is {trainer.batch_size}; expected at most {len(data)}, the training images"
-        )
-    if any(config.data.augmentation.model_dump().values()) and data.x.dim() != 4:
-        raise ConfigError(f"data.augmentation is given with images {list(data.x.shape[1:])}; expected [C, H, W]")
     if resume and output is None:
         raise ConfigError("resume is true without output; expected the folder of the run")
-    fabric = _fabric(config)
-    parts = fabric.world_size * trainer.accumulate
-    if trainer.batch_size % parts:
-        raise ConfigError(
-            f"trainer.batch_size is {trainer.batch_size}; expected a multiple of {parts}: {fabric.world_size} "
-            f"devices, {trainer.accumulate} parts each"
-        )
+    fabric, world = _fabric(config)
+    _check(config, data, extra, fabric.device.type, world)
+    fabric.launch()
     with ExitStack() as stack:
         stack.enter_context(_seeded(trainer.seed, fabric.device))
         stack.enter_context(_matmul_precision("high" if trainer.precision == "tf32" else None))
@@ -130,8 +121,8 @@ def train(
     )
 
 
-def _fabric(config: RunConfig) -> Fabric:
-    """Fabric with its processes running. Under torchrun there are as many as that has started."""
+def _fabric(config: RunConfig) -> tuple[Fabric, int]:
+    """Fabric, to be launched, and the number of its processes. Under torchrun there are as many as that has started."""
     devices, nodes = config.trainer.devices, 1
     if "TORCHELASTIC_RUN_ID" in os.environ:
         devices = int(os.environ["LOCAL_WORLD_SIZE"])
@@ -144,8 +135,37 @@ def _fabric(config: RunConfig) -> Fabric:
         strategy="ddp" if devices * nodes > 1 else "auto",
         precision=_PRECISIONS.get(precision, precision),
     )
-    fabric.launch()
-    return fabric
+    return fabric, devices * nodes
+
+
+def _check(config: RunConfig, data: Data, extra: Data | None, device: str, world: int) -> None:
+    """Refuse what only the data and the devices together tell to be impossible."""
+    trainer, defense = config.trainer, config.defense
+    if trainer.batch_size > len(data):
+        raise ConfigError(
+            f"trainer.batch_size is {trainer.batch_size}; expected at most {len(data)}, the training images"
+        )
+    if any(config.data.augmentation.model_dump().values()) and data.x.dim() != 4:
+        raise ConfigError(f"data.augmentation is given with images {list(data.x.shape[1:])}; expected [C, H, W]")
+    if device == "cpu" and trainer.precision == "16-mixed":
+        raise ConfigError("trainer.precision is 16-mixed on the CPU; expected 32 or bf16-mixed there")
+    if device == "cpu" and trainer.sync_batchnorm and world > 1:
+        raise ConfigError("trainer.sync_batchnorm is true on CPUs; expected false there, as it needs GPUs")
+    parts = world * trainer.accumulate
+    split = f"{world} devices, {trainer.accumulate} parts each"
+    if trainer.batch_size % parts:
+        raise ConfigError(f"trainer.batch_size is {trainer.batch_size}; expected a multiple of {parts}: {split}")
+    if parts > 1 and defense.mail is not None and defense.mail.normalize:
+        raise ConfigError(
+            f"defense.mail.normalize is true with {split}; expected one device and trainer.accumulate 1, as the mean "
+            "of the weights is the whole batch's"
+        )
+    short = 0 if trainer.drop_last else len(data) % trainer.batch_size
+    if defense.nominal_batch and (short % parts or (parts > 1 and not trainer.drop_last and extra is not None)):
+        raise ConfigError(
+            f"defense.nominal_batch is true with {split}, into which an epoch's last batch does not divide evenly; "
+            "expected trainer.drop_last true, or defense.nominal_batch false"
+        )
 
 
 @contextmanager
