@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -10,9 +11,10 @@ from torch import Tensor, nn
 
 from emr_training.attacks import APGD, APGDT, PGD
 from emr_training.attacks.apgd import likeliest_wrong, random_start
-from emr_training.attacks.ascent import Momentum, Sparse, State, checkpoints
+from emr_training.attacks.ascent import Momentum, Sparse, State, checkpoints, climb
 from emr_training.attacks.balls import NORMS, Ball, distance
 from emr_training.attacks.classifier import Classifier
+from emr_training.attacks.losses import LOSSES
 from emr_training.attacks.noise import Noise
 from emr_training.attacks.problem import Problem
 from emr_training.data import Data
@@ -53,6 +55,58 @@ class Linear(nn.Module):
 )
 def test_checkpoints(steps: int, expected: list[int]) -> None:
     assert checkpoints(steps) == expected
+
+
+def alone(model: nn.Module, x: Tensor, y: Tensor, start: Tensor, epsilon: float, steps: int) -> tuple[Tensor, float]:
+    """Algorithm 1 of Croce and Hein (2020) under Linf for one image: the point of greatest loss, and that loss."""
+
+    def asked(point: Tensor) -> tuple[float, Tensor]:
+        leaf = point.clone().requires_grad_()
+        value = nn.functional.cross_entropy(model(leaf), y)
+        return value.item(), torch.autograd.grad(value, leaf)[0]
+
+    def projected(point: Tensor) -> Tensor:
+        return point.clamp(x - epsilon, x + epsilon).clamp(0, 1)
+
+    shares, window = [0.0, 0.22], 0.22
+    while shares[-1] + max(window - 0.03, 0.06) <= 1:
+        window = max(window - 0.03, 0.06)
+        shares.append(shares[-1] + window)
+    places = [int(share * steps + 1e-9) for share in shares]
+
+    step, halved = 2 * epsilon, True
+    value, slope = asked(start)
+    best, best_value, best_slope, then = start, value, slope, value
+    previous, point, rises = start, start, 0
+    for k in range(steps):
+        moved = projected(point + step * slope.sign())
+        following = moved if k == 0 else projected(point + 0.75 * (moved - point) + 0.25 * (point - previous))
+        previous, point = point, following
+        last, (value, slope) = value, asked(point)
+        rises += value > last
+        if value > best_value:
+            best, best_value, best_slope = point, value, slope
+        if k + 1 in places[1:]:
+            j = places.index(k + 1)
+            halve = rises <= 0.75 * (places[j] - places[j - 1]) or (not halved and best_value <= then)
+            halved, then, rises = halve, best_value, 0
+            if halve:
+                step, point, slope = step / 2, best, best_slope
+    return best, best_value
+
+
+def test_climbs_as_the_paper_says(robust_net: nn.Module, batch: Data) -> None:
+    model = copy.deepcopy(robust_net).double().eval()
+    x, y = batch.x[:6].double(), batch.y[:6]
+    start = (x + 0.1 * (2 * torch.rand_like(x) - 1)).clamp(0, 1)
+    ball = Ball("Linf", 0.1)
+    found = climb(problem_of(model, x, y), start, Momentum(ball, 100, 0.75), LOSSES["ce"], 100, stop=False)
+    for i in range(len(x)):
+        row = slice(i, i + 1)
+        point, value = alone(model, x[row], y[row], start[row], 0.1, 100)
+        # The search's loss is the log odds m; cross-entropy is log(1 + exp(m)).
+        assert nn.functional.softplus(found.best_value[i]).item() == pytest.approx(value, rel=1e-9)
+        torch.testing.assert_close(found.best[row], point, rtol=0, atol=1e-9)
 
 
 def state_of(n: int, rises: Tensor | None = None, **own: Tensor) -> State:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from emr_kernels.linearize import LinearizedPoint
-from emr_training.attacks import FAB, FABT, APGD, CarliniWagner, DeepFool
+from emr_training.attacks import APGD, FAB, FABT, CarliniWagner, DeepFool
 from emr_training.attacks import classifier as classifiers
 from emr_training.attacks.classifier import Classifier
 from emr_training.attacks.problem import Problem
