@@ -94,9 +94,9 @@ def train(
     trainer = config.trainer
     if resume and output is None:
         raise ConfigError("resume is true without output; expected the folder of the run")
-    fabric, world = _fabric(config)
-    _check(config, data, extra, fabric.device.type, world)
-    fabric.launch()
+    devices, nodes = _processes(config)
+    _check(config, data, extra, devices * nodes)
+    fabric = _fabric(config, devices, nodes)
     with ExitStack() as stack:
         stack.enter_context(_seeded(trainer.seed, fabric.device))
         stack.enter_context(_matmul_precision("high" if trainer.precision == "tf32" else None))
@@ -121,12 +121,16 @@ def train(
     )
 
 
-def _fabric(config: RunConfig) -> tuple[Fabric, int]:
-    """Fabric, to be launched, and the number of its processes. Under torchrun there are as many as that has started."""
-    devices, nodes = config.trainer.devices, 1
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        devices = int(os.environ["LOCAL_WORLD_SIZE"])
-        nodes = int(os.environ["WORLD_SIZE"]) // devices
+def _processes(config: RunConfig) -> tuple[int, int]:
+    """How many on each machine, and machines. Under torchrun as many as that has started."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return config.trainer.devices, 1
+    devices = int(os.environ["LOCAL_WORLD_SIZE"])
+    return devices, int(os.environ["WORLD_SIZE"]) // devices
+
+
+def _fabric(config: RunConfig, devices: int, nodes: int) -> Fabric:
+    """Fabric with its processes running."""
     precision = config.trainer.precision
     fabric = Fabric(
         accelerator=config.trainer.device,
@@ -135,10 +139,11 @@ def _fabric(config: RunConfig) -> tuple[Fabric, int]:
         strategy="ddp" if devices * nodes > 1 else "auto",
         precision=_PRECISIONS.get(precision, precision),
     )
-    return fabric, devices * nodes
+    fabric.launch()
+    return fabric
 
 
-def _check(config: RunConfig, data: Data, extra: Data | None, device: str, world: int) -> None:
+def _check(config: RunConfig, data: Data, extra: Data | None, world: int) -> None:
     """Refuse what only the data and the devices together tell to be impossible."""
     trainer, defense = config.trainer, config.defense
     if trainer.batch_size > len(data):
@@ -147,9 +152,10 @@ def _check(config: RunConfig, data: Data, extra: Data | None, device: str, world
         )
     if any(config.data.augmentation.model_dump().values()) and data.x.dim() != 4:
         raise ConfigError(f"data.augmentation is given with images {list(data.x.shape[1:])}; expected [C, H, W]")
-    if device == "cpu" and trainer.precision == "16-mixed":
+    on_cpu = trainer.device == "cpu" or not torch.accelerator.is_available()
+    if on_cpu and trainer.precision == "16-mixed":
         raise ConfigError("trainer.precision is 16-mixed on the CPU; expected 32 or bf16-mixed there")
-    if device == "cpu" and trainer.sync_batchnorm and world > 1:
+    if on_cpu and trainer.sync_batchnorm and world > 1:
         raise ConfigError("trainer.sync_batchnorm is true on CPUs; expected false there, as it needs GPUs")
     parts = world * trainer.accumulate
     split = f"{world} devices, {trainer.accumulate} parts each"
