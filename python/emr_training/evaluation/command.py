@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from emr_training.attacks import EvaluationWarning
 from emr_training.attacks.state import fingerprint
 from emr_training.data import Data
 from emr_training.errors import check_count
@@ -98,7 +100,10 @@ def run(subject: Subject, job: Job, console: Console) -> Record:
         return record
 
     try:
-        record = keep(complete(measure, job.settings, before, keep))
+        with warnings.catch_warnings():
+            # They are among the lines printed, and told again at the end.
+            warnings.simplefilter("ignore", EvaluationWarning)
+            record = keep(complete(measure, job.settings, before, keep))
     finally:
         progress.close()
     _tell(record, job.device, output, console)
