@@ -61,22 +61,22 @@ def margin_distributions(path: Path, margins: Mapping[str, Tensor], subtitle: st
     axes = figure.subplots(len(margins), 1, sharex=True, sharey=True)
     for ax, (method, values) in zip(np.atleast_1d(axes), margins.items(), strict=True):
         style = drawn[method]
-        density = _density(values.double().numpy(), grid)
+        height = _density(values.double().numpy(), grid)
         median = float(values.median())
         wrong = float((values < 0).double().mean())
-        ax.fill_between(grid, density, color=style.color, alpha=0.25, linewidth=0)
-        ax.plot(grid, density, color=style.color, linewidth=2, linestyle=style.line)
+        ax.fill_between(grid, height, color=style.color, alpha=0.25, linewidth=0)
+        ax.plot(grid, height, color=style.color, linewidth=2, linestyle=style.line)
         ax.axvline(median, color=style.color, linewidth=1.5)
         ax.axvline(0, color=INK, linewidth=0.8, linestyle=":")
         place: dict[str, Any] = {"transform": ax.transAxes, "color": INK, "linespacing": 1.4}
         ax.text(1.02, 0.62, method, va="bottom", fontweight="bold", **place)
         ax.text(1.02, 0.58, f"median {median:.2f}\nmisclassified {100 * wrong:.1f}%", va="top", **place)
         ax.set_yticks([])
-        _clean(ax, left=False)
+        clean_axes(ax, left=False)
     ax.set_xlabel(f"Effective margin: first-order {norm} distance to the decision boundary, in [0, 1] pixel units")
     figure.supylabel("Density of test samples", fontsize=10, color=INK)
-    _title(figure, "Effective margins", subtitle)
-    _save(figure, path)
+    set_title(figure, "Effective margins", subtitle)
+    save_figure(figure, path)
 
 
 def accuracy_curves(
@@ -110,10 +110,10 @@ def accuracy_curves(
     ax.yaxis.set_major_formatter(PercentFormatter(1.0))
     ax.set_xlabel("Radius ε of the L∞ ball, in [0, 1] pixel units")
     ax.set_ylabel("Robust accuracy on the test split")
-    _legend(ax)
-    _clean(ax)
-    _title(figure, "Robust accuracy against attack strength", subtitle)
-    _save(figure, path)
+    side_legend(ax)
+    clean_axes(ax)
+    set_title(figure, "Robust accuracy against attack strength", subtitle)
+    save_figure(figure, path)
 
 
 def accuracy_bars(path: Path, evaluations: Mapping[str, Evaluation], subtitle: str) -> None:
@@ -150,10 +150,10 @@ def accuracy_bars(path: Path, evaluations: Mapping[str, Evaluation], subtitle: s
     ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     ax.set_ylabel("Accuracy")
     ax.legend(loc="upper left", bbox_to_anchor=(0, -0.14), frameon=False, labelcolor=INK)
-    _clean(ax)
+    clean_axes(ax)
     ax.tick_params(axis="x", length=0)
-    _title(figure, "Clean and robust accuracy", subtitle)
-    _save(figure, path)
+    set_title(figure, "Clean and robust accuracy", subtitle)
+    save_figure(figure, path)
 
 
 def training_curves(path: Path, histories: Mapping[str, Sequence[EpochMetrics]], subtitle: str) -> None:
@@ -179,13 +179,13 @@ def training_curves(path: Path, histories: Mapping[str, Sequence[EpochMetrics]],
         ax.set_xlabel("Epoch")
         ax.title.set_fontsize(10.5)
         ax.title.set_color(INK)
-        _clean(ax)
+        clean_axes(ax)
     for ax in (clean, robust):
         ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         ax.set_ylim(top=1.0)
-    _legend(robust)
-    _title(figure, "Training", subtitle)
-    _save(figure, path)
+    side_legend(robust)
+    set_title(figure, "Training", subtitle)
+    save_figure(figure, path)
 
 
 def _density(values: np.ndarray, grid: np.ndarray) -> np.ndarray:
@@ -196,7 +196,8 @@ def _density(values: np.ndarray, grid: np.ndarray) -> np.ndarray:
     return np.asarray(kernel.mean(1) / (bandwidth * np.sqrt(2 * np.pi)))
 
 
-def _clean(ax: Axes, left: bool = True) -> None:
+def clean_axes(ax: Axes, left: bool = True) -> None:
+    """Take away what carries no number; left: whether there is an axis on the left."""
     ax.spines[["top", "right"]].set_visible(False)
     ax.spines["left"].set_visible(left)
     ax.spines[["left", "bottom"]].set_color("#999999")
@@ -208,7 +209,8 @@ def _clean(ax: Axes, left: bool = True) -> None:
     ax.set_axisbelow(True)
 
 
-def _legend(ax: Axes) -> None:
+def side_legend(ax: Axes) -> None:
+    """A legend to the right of the axes."""
     ax.legend(
         loc="center left",
         bbox_to_anchor=(1.02, 0.5),
@@ -219,7 +221,7 @@ def _legend(ax: Axes) -> None:
     )
 
 
-def _title(figure: Figure, title: str, subtitle: str) -> None:
+def set_title(figure: Figure, title: str, subtitle: str) -> None:
     """Write a title and a subtitle above the axes; call it last, when the layout is settled."""
     figure.tight_layout()
     inch = 1 / figure.get_size_inches()[1]
@@ -227,7 +229,8 @@ def _title(figure: Figure, title: str, subtitle: str) -> None:
     figure.text(0.01, 1 + 0.28 * inch, subtitle, va="top", fontsize=9.5, color="#666666")
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write the figure to `path` as PNG, whole or not at all."""
     FigureCanvasAgg(figure)
     write_atomically(
         path, lambda file: figure.savefig(file, format="png", dpi=160, bbox_inches="tight", facecolor="white")
