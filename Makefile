@@ -8,7 +8,8 @@ SOURCES := $(shell find csrc -type f) emr_kernels/_build.py emr_kernels/_nvcc.py
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-independent lint format typecheck triton-check cuda-check gpu-check bench-micro clean
+.PHONY: demo test test-independent lint format typecheck triton-check cuda-check gpu-check bench bench-micro \
+	bench-check clean
 
 # The demo's nets are so small that a second thread costs more than it gives.
 demo: export OMP_NUM_THREADS ?= 1
@@ -52,6 +53,14 @@ triton-check: $(VENV)/installed
 # Every operator against eager PyTorch and torch.compile, on the GPU if there is one; takes minutes.
 bench-micro: $(VENV)/installed
 	$(BIN)/python -m benchmarks.micro --rounds .benchmarks/micro-rounds.json
+
+# What the library buys on this machine, against what one would use without it; takes minutes.
+bench: $(VENV)/installed
+	$(BIN)/python -m benchmarks.throughput
+
+# The operators against their stored rows of this device; names what is over 10% slower.
+bench-check: $(VENV)/installed
+	$(BIN)/python -m benchmarks.micro.check
 
 $(VENV)/torch:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or later is needed: make PYTHON=...")'

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import gzip
 import importlib.metadata
-import json
 import math
 import statistics
 import sys
@@ -30,7 +29,7 @@ import torch
 import torchattacks  # type: ignore[import-not-found]
 from torch import Tensor, nn
 
-from benchmarks.measure import environment
+from benchmarks.measure import environment, write_json
 from emr_training.attacks import PGD, CarliniWagner, DeepFool
 from emr_training.attacks.balls import Norm, distance
 from emr_training.config import make_config
@@ -235,7 +234,7 @@ def main(arguments: list[str] | None = None) -> int:
         "networks": networks,
     }
     if options.json is not None:
-        options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        write_json(options.json, report)
     return 0
 
 

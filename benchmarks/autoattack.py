@@ -14,17 +14,18 @@ from __future__ import annotations
 
 import argparse
 import gzip
-import json
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.measure import environment, synchronize
+from benchmarks.measure import environment, synchronize, write_json
+from benchmarks.throughput.tables import autoattack_table, print_tables
 from emr_training.attacks import PGD, AutoAttack, AutoAttackResult
 from emr_training.data import load_digits
 from emr_training.models.cnn import SmallCNN
@@ -105,7 +106,7 @@ WAYS: dict[str, Callable[[float], Contender]] = {
 }
 
 
-def contenders(names: list[str], epsilon: float) -> tuple[dict[str, Contender], dict[str, str]]:
+def contenders(names: Sequence[str], epsilon: float) -> tuple[dict[str, Contender], dict[str, str]]:
     """By name, and why one is absent."""
     found: dict[str, Contender] = {}
     absent: dict[str, str] = {}
@@ -117,50 +118,54 @@ def contenders(names: list[str], epsilon: float) -> tuple[dict[str, Contender], 
     return found, absent
 
 
-def measure(options: argparse.Namespace) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Plan:
+    """What is attacked, and by whom.
+
+    data: folder of MNIST's idx files; None: scikit-learn's digits. steps: of training.
+    """
+
+    data: Path | None = None
+    images: int = 200
+    epsilon: float = 0.1
+    steps: int = 400
+    contenders: Sequence[str] = tuple(WAYS)
+    device: str = "cpu"
+
+
+def one(run: Contender, model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Any]:
+    """Robust accuracy and seconds of one contender."""
+    synchronize(x.device)
+    begin, processor = time.perf_counter(), time.process_time()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        x_adv, result = run(model, x, y)
+    synchronize(x.device)
+    seconds, processor = time.perf_counter() - begin, time.process_time() - processor
+    with torch.no_grad():
+        robust = float((model(x_adv).argmax(1) == y).double().mean())
+    found: dict[str, Any] = {"robust": robust, "seconds": round(seconds, 2), "processor": round(processor, 2)}
+    if result is not None:
+        found["attacks"] = result.as_dict()["attacks"]
+    return found
+
+
+def measure(plan: Plan) -> dict[str, Any]:
     """Robust accuracy and seconds of every contender on both networks."""
-    device = options.device
-    train, test = images(options.data)
-    x, y = (tensor[: options.images].to(device) for tensor in test)
-    ways, absent = contenders(options.contenders, options.epsilon)
+    device = torch.device(plan.device)
+    train, test = images(plan.data)
+    x, y = (tensor[: plan.images].to(device) for tensor in test)
+    ways, absent = contenders(plan.contenders, plan.epsilon)
     record: dict[str, Any] = {
-        "data": "digits" if options.data is None else "mnist",
-        "images": len(y),
-        "epsilon": options.epsilon,
-        "environment": environment(device),
+        "title": f"{'digits' if plan.data is None else 'MNIST'}, {len(y)} images, Linf {plan.epsilon:g}",
         "absent": absent,
         "models": {},
     }
-    for name, epsilon in {"standard": 0.0, "adversarial": options.epsilon}.items():
-        model = trained(train, epsilon, options.steps, device)
+    for name, epsilon in {"standard": 0.0, "adversarial": plan.epsilon}.items():
+        model = trained(train, epsilon, plan.steps, device)
         model(x)  # what any first call loads
-        entry: dict[str, Any] = {}
-        for way, run in ways.items():
-            synchronize(device)
-            begin, processor = time.perf_counter(), time.process_time()
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                x_adv, result = run(model, x, y)
-            synchronize(device)
-            seconds, processor = time.perf_counter() - begin, time.process_time() - processor
-            with torch.no_grad():
-                robust = (model(x_adv).argmax(1) == y).double().mean()
-            entry[way] = {"robust": float(robust), "seconds": round(seconds, 2), "processor": round(processor, 2)}
-            if result is not None:
-                entry[way]["attacks"] = result.as_dict()["attacks"]
-            show(record, name, way, entry[way])
-        record["models"][name] = entry
+        record["models"][name] = {way: one(run, model, x, y) for way, run in ways.items()}
     return record
-
-
-def show(record: dict[str, Any], name: str, way: str, found: dict[str, Any]) -> None:
-    """Print one contender's line."""
-    setting = f"{record['data']}, {record['images']} images, eps {record['epsilon']:g}, {name} training"
-    print(
-        f"{setting}: {way:24} {found['robust']:8.2%} robust {found['seconds']:9.1f} s "
-        f"{found['processor']:9.1f} s of the processor",
-        flush=True,
-    )
 
 
 def main() -> None:
@@ -171,13 +176,14 @@ def main() -> None:
     parser.add_argument("--epsilon", type=float, default=0.1)
     parser.add_argument("--steps", type=int, default=400, help="of training")
     parser.add_argument("--contenders", nargs="+", choices=WAYS, default=list(WAYS))
-    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--output", type=Path)
-    options = parser.parse_args()
-    record = measure(options)
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(record, indent=2) + "\n")
+    options = vars(parser.parse_args())
+    output = options.pop("output")
+    record = measure(Plan(**options))
+    print_tables([autoattack_table(record)])
+    if output:
+        write_json(output, {**record, "environment": environment(torch.device(options["device"]))})
 
 
 if __name__ == "__main__":

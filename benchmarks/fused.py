@@ -29,11 +29,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from benchmarks.measure import WARM_ALLOCATOR, environment
+from benchmarks.measure import WARM_ALLOCATOR, environment, write_json
+from benchmarks.setting import FORMATS
 from emr_kernels import _extension, ops
 
 SHAPES = ((32, 160, 32, 32), (128, 160, 32, 32))
-FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 ALLOCATORS = {"default": {}, "keeps memory": WARM_ALLOCATOR}
 #: Bytes read and written for each element.
 MOVED = {"copy": 8, "forward": 8 + 1 / 8, "backward": 8 + 1 / 8, "fused": 16 + 1 / 4}
@@ -170,8 +170,7 @@ def main() -> None:
         print(f"\n{'x'.join(map(str, case['shape']))}, {case['layout']}: page faults cost eager", end=" ")
         print(f"{lost * 1e3:.1f} ms, {part:.0%} of its time")
     if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps({"environment": about, "cases": cases}, indent=2) + "\n")
+        write_json(options.output, {"environment": about, "cases": cases})
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import environment
+from benchmarks.measure import environment, slug, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -67,14 +67,14 @@ def parts(device: str, folder: Path, rehearse: bool) -> list[Part]:
     sanitizer = ("--error-exitcode", "9", "--launch-timeout", "120")
     cases = ("-m", "benchmarks.gpu_check", "--sanitizer-cases", device)
     quick = ("--quick",) if rehearse else ()
-    model = ("--model", "wrn-10-1", "--batch", "4", "--repetitions", "1")
-    large = model if rehearse else ("--model", "wrn-34-10", "--batch", "128", "--repetitions", "7")
-    small = model if rehearse else ("--model", "wrn-16-4", "--batch", "64", "--repetitions", "10")
+    compiled = () if rehearse else ("--models", "wrn-34-10", "--compile", "--no-memory")
+    profile = ("-m", "benchmarks.throughput", "--device", device, "--sections", "training", "--profile")
+    profile += ("--figures", str(folder))
 
-    def penalty(name: str, options: tuple[str, ...], precision: str, seconds: int) -> Part:
-        output = str(folder / f"{name}.json")
-        command = ("-m", "benchmarks.penalty", "--device", device, "--precision", precision, "--output", output)
-        return Part(name, (*command, *options), seconds, alone=True, output=output)
+    def throughput(name: str, seconds: int, *options: str) -> Part:
+        output = str(folder / f"throughput-{name}.json")
+        command = ("-m", "benchmarks.throughput", "--device", device, "--output", output, "--resume", *options)
+        return Part(f"throughput-{name}", (*command, *quick), seconds, alone=True, output=output)
 
     micro = str(folder / "micro.json")
     measure = ("-m", "benchmarks.micro", "--device", device, "--output", micro, *quick)
@@ -85,9 +85,16 @@ def parts(device: str, folder: Path, rehearse: bool) -> list[Part]:
         Part("engine-other", (*pytest, "tests/engine", "--ignore=tests/engine/test_zoo.py", *engine), 150),
         Part("memcheck", cases, 60, tool=("compute-sanitizer", "--tool", "memcheck", *sanitizer)),
         Part("racecheck", cases, 60, tool=("compute-sanitizer", "--tool", "racecheck", *sanitizer)),
-        penalty("penalty-bf16", large, "bf16", 60),
-        penalty("penalty-fp32", small, "fp32", 40),
+        throughput("penalty", 120, "--sections", "penalty"),
+        throughput("attacks", 90, "--sections", "attacks"),
+        throughput("training", 120, "--sections", "training"),
         Part("micro", measure, 90, alone=True, output=micro),
+        throughput("weights", 60, "--sections", "effective_weights", "margins", "energy", "parallel"),
+        throughput("compiled-penalty", 150, "--sections", "penalty", *compiled),
+        throughput("compiled-training", 180, "--sections", "training", *compiled),
+        throughput("scaling", 90, "--sections", "scaling", "--no-memory"),
+        throughput("autoattack", 60, "--sections", "autoattack"),
+        Part("profile", (*profile, *quick), 60, alone=True),
     ]
 
 
@@ -199,11 +206,10 @@ def run_all(
 def write_record(todo: list[Part], state: State, folder: Path, device: torch.device) -> Path:
     """The one file that is kept: environment, outcomes and every part's figures."""
     where = environment(device)
-    name = "".join(c if c.isalnum() else "-" for c in where["device"].lower()).strip("-")
     figures = {p.name: json.loads(Path(p.output).read_text()) for p in todo if p.output and Path(p.output).exists()}
     record = {"environment": where, "sources": state.key, "parts": state.outcomes, "figures": figures}
-    file = folder / f"{name}-{where['date']}.json"
-    file.write_text(json.dumps(record, indent=1) + "\n")
+    file = folder / f"{slug(device)}-{where['date']}.json"
+    write_json(file, record)
     return file
 
 

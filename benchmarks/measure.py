@@ -12,8 +12,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -24,6 +25,8 @@ ROOT = Path(__file__).resolve().parent.parent
 #: Has glibc take all memory from its heap and never return any, so that an allocation is warm after the first one.
 WARM_ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**46), "MALLOC_TOP_PAD_": str(2**26)}
 Step = Callable[[], Any]
+# The profiler tells of its beginning and end otherwise, and of memory that was there before.
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 
 def synchronize(device: torch.device) -> None:
@@ -83,6 +86,11 @@ def peak_of_tensors(step: Step, device: torch.device) -> int:
     return peak
 
 
+def resident_peak() -> int:
+    """The largest resident set of this process; unlike `getrusage`, not that of what started it."""
+    return _status("VmHWM")
+
+
 def _status(field: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith(field)).split()[1]) * 1024
@@ -99,7 +107,7 @@ def memory_of(step: Step, warm_up: Step, device: torch.device) -> dict[str, int]
         Path("/proc/self/clear_refs").write_text("5")
         found["before"] = _status("VmRSS")
         step()
-        found["peak"] = _status("VmHWM")
+        found["peak"] = resident_peak()
     found["tensors"] = peak_of_tensors(step, device)
     return found
 
@@ -129,6 +137,40 @@ def matmul_ceiling(device: torch.device, dtype: torch.dtype, size: int | None = 
     return 2 * n**3 / times["product"]["median"]
 
 
+class Ceilings(TypedDict):
+    """What a machine does at its best: bytes per second of a copy, operations per second of products."""
+
+    copy: float
+    matmul: float
+    convolution: float
+
+
+def convolution_ceiling(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations per second of a 3x3 convolution of many channels, in the faster memory format."""
+    n, channels, side = (64, 512, 28) if device.type == "cuda" else (8, 128, 28)
+    best = 0.0
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        x = torch.randn(n, channels, side, side, device=device, dtype=dtype).contiguous(memory_format=memory_format)
+        weight = torch.randn(channels, channels, 3, 3, device=device, dtype=dtype)
+        weight = weight.contiguous(memory_format=memory_format)
+        with torch.no_grad():
+            times = interleaved(
+                {"convolution": partial(torch.nn.functional.conv2d, x, weight, padding=1)}, 10, device, warm_up=3
+            )
+        best = max(best, 2 * x.numel() * channels * 9 / times["convolution"]["median"])
+    return best
+
+
+@cache
+def ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
+    """The machine's ceilings, measured once."""
+    return {
+        "copy": copy_ceiling(device),
+        "matmul": matmul_ceiling(device, dtype),
+        "convolution": convolution_ceiling(device, dtype),
+    }
+
+
 def device_name(device: torch.device) -> str:
     """What the device calls itself."""
     if device.type == "cuda":
@@ -137,6 +179,28 @@ def device_name(device: torch.device) -> str:
         if line.startswith("model name"):
             return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
+
+
+def slug(device: torch.device) -> str:
+    """The device's name as part of a file's."""
+    words = "".join(c if c.isalnum() else " " for c in device_name(device).lower()).split()
+    return "-".join(words)
+
+
+def time_text(seconds: float) -> str:
+    """With a unit, three digits."""
+    for unit, size in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds * 1e6:.3g} µs"
+
+
+def write_json(path: Path, record: Any) -> None:
+    """Write a record whole or not at all, and its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(path.name + ".new")
+    new.write_text(json.dumps(record, indent=1) + "\n")
+    new.replace(path)
 
 
 def _output(*command: str) -> str | None:

@@ -13,18 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.measure import time_text
 from benchmarks.micro.rows import KEY, read
 
 OURS = ("cpu", "cuda", "triton")
 OTHERS = {"eager": "eager PyTorch", "compile": "torch.compile"}
-
-
-def time_text(seconds: float) -> str:
-    """With a unit, three digits."""
-    for unit, size in (("s", 1.0), ("ms", 1e-3)):
-        if seconds >= size:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds * 1e6:.3g} µs"
 
 
 def cell(row: dict[str, Any] | None) -> str:

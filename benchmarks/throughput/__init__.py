@@ -1,0 +1,1 @@
+"""The throughput benchmarks, all sections in one command; see `__main__`."""

@@ -1,0 +1,271 @@
+"""The throughput benchmarks: right answers only, reasons for failures, what is counted, files, comparisons, pages."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import contest, effective_weights, margins, penalty, scaling, training
+from benchmarks.contest import BOUND, Contender, Options, Runner
+from benchmarks.micro import check
+from benchmarks.products import Passes, calls_of, roofline
+from benchmarks.setting import Setting
+from benchmarks.throughput import __main__ as command
+from benchmarks.throughput import compare, pages
+from benchmarks.throughput.files import read
+from benchmarks.throughput.profiling import group_of
+
+TINY = Setting("cnn-4", 3, resolution=8)
+CEILINGS = {"copy": 1e9, "matmul": 1e9, "convolution": 2e9}
+CONTESTS = ["penalty", "attacks", "training", "effective_weights", "margins"]
+
+
+@pytest.fixture(autouse=True)
+def ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measuring them takes a second."""
+    monkeypatch.setattr(contest, "ceilings", lambda device, dtype: CEILINGS)
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file of a quick call."""
+    output = tmp_path_factory.mktemp("throughput") / "out.json"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(contest, "ceilings", lambda device, dtype: CEILINGS)
+        assert command.main(["--device", "cpu", "--quick", "--sections", *CONTESTS, "--output", str(output)]) == 0
+    return output
+
+
+def test_a_quick_call_leaves_times_differences_and_figures(measured: Path) -> None:
+    record = read(measured)
+    assert set(record["sections"]) == set(CONTESTS)
+    for name, section in record["sections"].items():
+        (case,) = section["cases"].values()
+        assert case["float64 difference"] <= 1e-8 and case["environment"]["torch"] == torch.__version__
+        kinds = [c["kind"] for c in case["contenders"].values()]
+        assert kinds.count("ours") == kinds.count("bound") == 2
+        for full, contender in case["contenders"].items():
+            if full.startswith(("torchattacks", "foolbox")) and "failed" in contender:
+                assert "No module named" in contender["failed"]
+            else:
+                assert contender["seconds"]["min"] <= contender["seconds"]["median"] <= contender["seconds"]["max"]
+        assert (measured.parent / f"out-{name}.png").stat().st_size > 5_000
+
+
+def test_a_step_changes_parameters_and_statistics() -> None:
+    # A comparison of what never changes would prove nothing.
+    setting = Setting("wrn-10-1", 2, resolution=8)
+    model, _, _ = setting.make()
+    runner = training.ours(setting, "nchw")
+    found = runner.answer(runner.step())
+    before = {"parameters": list(model.parameters()), "statistics": [b for b in model.buffers() if b.dim()]}
+    for group, tensors in before.items():
+        pairs = zip([t for t in found[group] if t.dim()], tensors, strict=True)
+        assert not any(torch.equal(now, then) for now, then in pairs), group
+
+
+def test_other_answers_and_errors_are_told_and_not_timed() -> None:
+    def wrong(setting: Setting, layout: str) -> Runner:
+        right = effective_weights.by_autograd(setting, layout)
+        return Runner(right.step, lambda found: {"weights": [found * 1.1]})
+
+    def failing(setting: Setting, layout: str) -> Runner:
+        raise RuntimeError("no such thing\nand more")
+
+    ways = {"autograd": Contender(effective_weights.by_autograd), "wrong": Contender(wrong)}
+    ways |= {"failing": Contender(failing), "near": Contender(wrong, "approximate")}
+    held = replace(effective_weights.CONTEST, ways=ways, exact=False)
+    found = contest.run(held, TINY, Options(1, memory=False))["contenders"]
+    assert "seconds" not in found["wrong, nchw"] and "differs by 1.0e-01" in found["wrong, nchw"]["failed"]
+    assert found["failing, nchw"]["failed"] == "RuntimeError: no such thing"
+    assert found["near, nchw"]["difference"] == pytest.approx(0.1, rel=1e-3) and "seconds" in found["near, nchw"]
+    assert list(found)[:2] == [f"{BOUND}, nchw", f"{BOUND}, channels_last"]
+
+
+def test_ours_is_not_timed_where_float64_differs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contest, "exact_difference", lambda *_: 1e-5)
+    found = contest.run(effective_weights.CONTEST, TINY, Options(1, memory=False))["contenders"]
+    assert "in float64" in found["emr_kernels, nchw"]["failed"] and "seconds" in found["autograd, nchw"]
+
+
+def test_finite_differences_are_the_penalty_in_the_limit() -> None:
+    # No kink of the ReLUs lies within 1e-7 of these images: the function is linear there.
+    small = TINY.with_(precision="fp64")
+    runners = [penalty.double_backward(small, "nchw"), penalty.finite_differences(small, "nchw", 1e-7)]
+    right, found = ([g.clone() for g in r.answer(r.step())["gradients"]] for r in runners)
+    assert contest.difference({"": found}, {"": right}) < 1e-6
+
+
+def test_margins_are_the_distances_of_a_linear_model() -> None:
+    torch.manual_seed(0)
+    weight, logits, y = torch.randn(3, 5), torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
+    found = margins.least_margin(logits, weight.expand(4, 3, 5), y)
+    for i, label in enumerate(y.tolist()):
+        others = [
+            (logits[i, label] - logits[i, j]) / (weight[label] - weight[j]).norm() for j in range(3) if j != label
+        ]
+        torch.testing.assert_close(found[i], min(others))
+
+
+def test_products_are_counted_layer_by_layer() -> None:
+    setting = Setting("mlp-5", 7, classes=3)
+    first, second = calls_of(setting)
+    assert (first.operations, second.operations) == (2 * 7 * 784 * 5, 2 * 7 * 5 * 3)
+    assert second.bytes == 4 * (7 * 5 + 5 * 3 + 7 * 3)
+    for call in (first, second):
+        torch.testing.assert_close(call.data(), call.cotangent @ call.weight)
+        assert call.forward().shape == call.cotangent.shape and call.weights().shape == call.weight.shape
+    found = roofline(setting, Passes(forward=2, data=3, weight=1, images=0), CEILINGS)  # type: ignore[arg-type]
+    assert found["operations"] == 3 * first.operations + 6 * second.operations
+    assert found["bytes"] == 3 * first.bytes + 6 * second.bytes
+    # 2 GFLOP/s and 1 GB/s: the first layer is held by its operations, the second by its bytes.
+    assert found["seconds"] == pytest.approx(
+        3 * max(first.operations / 2e9, first.bytes / 1e9) + 6 * second.bytes / 1e9
+    )
+
+
+def test_convolutions_are_counted() -> None:
+    (first, *_, last) = calls_of(Setting("cnn-4", 2, resolution=8), "channels_last")
+    assert first.operations == 2 * 2 * 4 * 8 * 8 * 3 * 9 and last.operations == 2 * 2 * 8 * 16 * 10
+    assert first.data().shape == first.given.shape and first.weights().shape == first.weight.shape
+
+
+def test_the_slope_is_the_exponent_of_the_larger_half() -> None:
+    assert scaling.slope((n, 3.0 * n**1.5) for n in (1, 2, 4, 8)) == pytest.approx(1.5)
+    assert scaling.slope([(1, 5.0), (2, 5.0), (4, 4.0), (8, 8.0)]) == pytest.approx(1.0)
+    assert scaling.slope([(1, 1.0)]) is None
+
+
+def test_an_axis_ends_where_a_size_fails() -> None:
+    axis = scaling.Axis([1, 2, 0], lambda n: TINY.with_(batch=n), penalty.CONTEST, "images")
+    found = scaling.measure_axis(axis, 1e9, 1)
+    assert [point["size"] for point in found["points"]] == [1, 2] and found["ended"].startswith("0 images: ")
+    ours, theirs = (found["points"][-1]["tensors"][name] for name in ("emr_kernels", "double backward"))
+    assert 0 < ours < theirs
+    assert scaling.measure_axis(axis, 0.0, 1)["ended"] == "a call over 0 s"
+
+
+def test_resuming_measures_what_is_left(measured: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    output = tmp_path / "again.json"
+    record = read(measured)
+    (case,) = record["sections"]["margins"]["cases"].values()
+    case["sources"] = "others"
+    output.write_text(json.dumps(record))
+    ran: list[str] = []
+
+    def fake(contest: Any, setting: Setting, options: Options) -> dict[str, Any]:
+        ran.append(contest.name)
+        raise RuntimeError("words")
+
+    cases = {name: command.SECTIONS[name] for name in CONTESTS}
+    for name, section in cases.items():
+        patched = replace(
+            section,
+            cases=lambda wanted, name=name: {"cnn-4, 4, fp32": lambda: fake(cases[name].contest, TINY, wanted.options)},
+        )
+        monkeypatch.setitem(command.SECTIONS, name, patched)
+    arguments = ["--device", "cpu", "--quick", "--resume", "--sections", *CONTESTS, "--output", str(output)]
+    assert command.main(arguments) == 1 and ran == ["margins"]
+    (case,) = read(output)["sections"]["margins"]["cases"].values()
+    assert case["failed"] == "RuntimeError: words"
+    # What failed is tried again.
+    assert command.main(arguments) == 1 and ran == ["margins", "margins"]
+
+
+def test_a_regression_is_named(measured: Path) -> None:
+    old, new = read(measured), read(measured)
+    (case,) = new["sections"]["penalty"]["cases"].values()
+    for name in case["contenders"]:
+        if "emr_kernels" in name or "double" in name:
+            case["contenders"][name]["seconds"]["median"] *= 1.2
+    worse = [row for row in compare.compare(old, new, CONTESTS) if row.regressed]
+    assert {row.name.rpartition(": ")[2] for row in worse} == {"emr_kernels, nchw", "emr_kernels, channels_last"}
+    assert all(row.ratio == pytest.approx(1.2) for row in worse)
+    # A machine that is slower as a whole is none.
+    case["bound"] *= 1.2
+    assert not any(row.regressed for row in compare.compare(old, new, CONTESTS))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--compare", "missing.json"], "missing.json is no file of the throughput benchmarks"),
+        (["--batch", "0"], "--batch is 0; expected at least 1"),
+        (["--models", "wrn-11-1"], "depth is 11"),
+        (["--models", "cnm"], "model is 'cnm'; did you mean 'cnn'?"),
+        (["--device", "cuda"], "--device is cuda; expected cpu"),
+    ],
+)
+def test_bad_input_is_told_before_any_work(arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    if "cuda" in arguments and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert command.main(["--sections", "penalty", "--device", "cpu", *arguments]) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_a_damaged_output_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "out.json").write_text("{")
+    assert command.main(["--quick", "--device", "cpu", "--output", str(tmp_path / "out.json")]) == 2
+    assert "out.json is no file of the throughput benchmarks" in capsys.readouterr().err
+    assert (tmp_path / "out.json").read_text() == "{"
+
+
+def test_a_record_of_the_gpu_check_is_read(measured: Path, tmp_path: Path) -> None:
+    parts = [{"sections": {name: section}} for name, section in read(measured)["sections"].items()]
+    file = tmp_path / "gpu.json"
+    file.write_text(json.dumps({"figures": {f"throughput-{i}": part for i, part in enumerate(parts)} | {"micro": {}}}))
+    assert read(file) == read(measured)
+
+
+def test_results_are_written_into_pages(measured: Path) -> None:
+    records = pages.results(measured.parent)
+    text = pages.docs(records, measured.parent)
+    assert list(records) == ["out"] and pages.NO_GPU in text and "out-training.png" in text
+    assert "| **emr_kernels** |" in text and "cnn-4, batch 4, float32, 8 px" in text
+    assert "AT-EMR step: cnn-4" in pages.headline(records)
+    assert pages.replaced(f"a{pages.BEGIN}old{pages.END}b", "new") == f"a{pages.BEGIN}\n\nnew\n\n{pages.END}b"
+    with pytest.raises(ValueError, match="lacks"):
+        pages.replaced("nothing", "new")
+
+
+def test_pages_hold_the_committed_results() -> None:
+    for path, text in pages.pages().items():
+        assert path.read_text() == text, f"{path} is old: python -m benchmarks.throughput.pages"
+
+
+def test_kernels_are_told_apart() -> None:
+    assert group_of("emr::affine_relu_out") == group_of("PenaltyFunction") == "ours"
+    assert group_of("_affine_relu_kernel", frozenset({"_affine_relu_kernel"})) == "ours"
+    names = ("mkldnn::_linear_pointwise", "aten::convolution_backward", "aten::addmm", "sm90_xmma_wgrad_bf16")
+    assert {group_of(name) for name in names} == {"convolutions and products"}
+    assert group_of("aten::native_batch_norm") == "the rest"
+
+
+def row(fraction: float, contender: str = "cpu", operator: str = "sq_norms") -> dict[str, Any]:
+    key = {"operator": operator, "case": "", "shape": "4", "dtype": "float32", "layout": "nchw"}
+    return {**key, "contender": contender, "fraction": fraction, "seconds": 1.0}
+
+
+def test_operators_are_held_to_their_stored_rows() -> None:
+    old = [row(0.9), row(0.9, "eager"), row(0.8, operator="pgd_step")]
+    assert check.slower(old, [row(0.83), row(0.1, "eager")]) == {}
+    (ratio,) = check.slower(old, [row(0.6)]).values()
+    assert ratio == pytest.approx(1.5)
+    assert [key[0] for key in check.lost(old, [row(0.9)])] == ["pgd_step"]
+
+
+def test_what_seems_slower_is_measured_again() -> None:
+    old, asked = [row(0.9), row(0.8, operator="pgd_step")], []
+
+    def again(keys: list[tuple[Any, ...]]) -> list[dict[str, Any]]:
+        asked.append({key[0] for key in keys})
+        return [row(0.9), row(0.5, operator="pgd_step")]
+
+    found = check.confirmed(old, [row(0.3), row(0.4, operator="pgd_step")], again)
+    assert asked == [{"sq_norms", "pgd_step"}, {"pgd_step"}]
+    assert {key[0]: ratio for key, ratio in found.items()} == {"pgd_step": pytest.approx(1.6)}
