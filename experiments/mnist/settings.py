@@ -26,7 +26,7 @@ class Settings:
     distances: int = 100
     nets: tuple[str, ...] = ("mlp", "mlp-bn", "cnn", "cnn-bn")
     final_nets: tuple[str, ...] = ("mlp", "cnn")
-    ablation_at: tuple[str, ...] = ("mlp", "cnn-bn")
+    ablation_at: tuple[str, ...] = ("mlp", "mlp-bn")
     widths: tuple[int, ...] = (128, 128)
     cnn_width: int = 8
     epochs: int = 8
