@@ -141,6 +141,8 @@ def _ready(contest: Contest, setting: Setting, options: Options, found: dict[str
             answer = _first(runner)
             synchronize(setting.place)
             entry["first"] = time.perf_counter() - begin
+            if setting.place.type == "cuda":
+                torch.cuda.empty_cache()  # each contender has the memory to itself, but for captured graphs
         except Exception as error:
             entry["failed"] = reason(error)
             continue
@@ -163,6 +165,7 @@ def run(contest: Contest, setting: Setting, options: Options) -> dict[str, Any]:
     Raises RuntimeError where the reference itself fails.
     """
     record: dict[str, Any] = {"title": setting.title(), "setting": setting.as_dict()}
+    torch.backends.cudnn.benchmark = True  # for all alike, in the first call
     exact = exact_difference(contest, setting) if contest.exact else None
     found: dict[str, dict[str, Any]] = {}
     steps = _ready(contest, setting, options, found)

@@ -86,6 +86,7 @@ def released(
         return penalty.squared_norm(model, leaf, setting, TEMPERATURE)
 
     regularizer = torch.compile(squared_norm, fullgraph=True) if whole_penalty else squared_norm
+    traced: dict[str, Any] = {"trace_autograd_ops": True} if whole_penalty else {}
 
     def step() -> None:
         model.eval().requires_grad_(not frozen)
@@ -96,7 +97,7 @@ def released(
             found = logits(x_adv)
         loss = F.cross_entropy(found.to(x.dtype), y)
         model.eval()
-        with torch._dynamo.config.patch(trace_autograd_ops=True):
+        with torch._dynamo.config.patch(traced):
             (loss + STRENGTH * regularizer(x_adv.requires_grad_())).backward()
         model.train()
         optimizer.step()

@@ -72,6 +72,7 @@ def confirmed(old: Sequence[Row], new: Sequence[Row], measure: Any, times: int =
 
 def measure_now(device: str, output: Path, expression: str | None = None) -> list[Row]:
     """Run the micro-benchmarks; the rows they leave."""
+    output.unlink(missing_ok=True)
     command = [sys.executable, "-m", "benchmarks.micro", "--device", device, "--output", str(output)]
     subprocess.run([*command, *(["-k", expression] if expression else [])], cwd=ROOT)
     return read(output)[1] if output.exists() else []
@@ -88,6 +89,9 @@ def main() -> int:
     baseline = options.baseline or baseline_of(torch.device(options.device))
     if not options.store and not baseline.exists():
         print(f"error: there are no stored rows {baseline}; make them with --store", file=sys.stderr)
+        return 2
+    if options.new and not options.new.exists():
+        print(f"error: --new is {options.new}; expected a file of python -m benchmarks.micro", file=sys.stderr)
         return 2
     output = options.new or ROOT / ".benchmarks" / f"micro-check-{options.device}.json"
     new = read(output)[1] if options.new else measure_now(options.device, output)

@@ -78,7 +78,10 @@ def _memory(contender: Record) -> str:
 
 def contest_rows(case: Record) -> list[list[str]]:
     """Every contender in its faster memory format, then those that failed."""
-    rows = []
+    limit = case["limit"]
+    counted = f"limit: {limit['operations'] / 1e9:.3g} GFLOP, {limit['bytes'] / 1e9:.2g} GB"
+    of_products = f"{case['bound'] / limit['seconds']:.0%}"
+    rows = [[counted, time_text(limit["seconds"]), of_products, "100%", *[""] * 4]]
     base = next((c["seconds"]["median"] for c in best(case).values() if c["kind"] == "theirs"), None)
     for name, c in best(case).items():
         t = c["seconds"]

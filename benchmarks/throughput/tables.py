@@ -66,6 +66,9 @@ def contest_table(title: str, record: Mapping[str, Any]) -> Table:
         caption += f"; in float64 ours differs by {record['float64 difference']:.0e}"
     columns = ("", "median", "min", "max", "of bound", "of limit", "speed-up", "tensors", "peak", "first", "difference")
     table = new_table(f"{title}: {record['title']}", columns, caption)
+    table.add_row(
+        "limit", time_text(limit["seconds"]), "", "", f"{record['bound'] / limit['seconds']:.0%}", "100%", style="dim"
+    )
     base = reference_of(record)
     for name, c in record["contenders"].items():
         if "seconds" not in c:
