@@ -227,13 +227,17 @@ def _headline_row(title: str, case: Record) -> list[str] | None:
     held = [(c.get("memory") or {}).get("tensors") for c in (ours, others[name])]
     return [
         f"{title}: {case['title']}",
-        f"**{time_text(seconds)}**",
-        time_text(rival),
+        _bold(time_text(seconds), seconds <= rival),
+        _bold(time_text(rival), rival < seconds),
         name,
         f"{rival / seconds:.2f}",
         f"{case['bound'] / seconds:.0%}",
         f"{held[0] / held[1]:.2f}" if held[0] and held[1] else "",
     ]
+
+
+def _bold(text: str, whether: bool) -> str:
+    return f"**{text}**" if whether else text
 
 
 def replaced(text: str, content: str) -> str:
