@@ -27,6 +27,24 @@ inline Dtype dtype_of(const Tensor& t) {
   }
 }
 
+template <class T>
+compute_t<T> widened(T x) {
+  if constexpr (sizeof(T) == 8) {
+    return x;
+  } else {
+    return to_float(x);
+  }
+}
+
+template <class T>
+T narrowed(compute_t<T> x) {
+  if constexpr (sizeof(T) == 8) {
+    return x;
+  } else {
+    return rounded<T>(x);
+  }
+}
+
 // For a tensor that is not empty. `per_channel`: whether any coefficient or sum depends on the channel.
 inline Geometry geometry_of(const Tensor& t, bool per_channel) {
   const int64_t numel = t.numel();

@@ -13,24 +13,6 @@ namespace emr::cpu {
 namespace {
 
 template <class T>
-compute_t<T> widened(T x) {
-  if constexpr (sizeof(T) == 8) {
-    return x;
-  } else {
-    return to_float(x);
-  }
-}
-
-template <class T>
-T narrowed(compute_t<T> x) {
-  if constexpr (sizeof(T) == 8) {
-    return x;
-  } else {
-    return rounded<T>(x);
-  }
-}
-
-template <class T>
 struct Ball {
   using A = compute_t<T>;
   const T* origin;

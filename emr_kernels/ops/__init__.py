@@ -9,6 +9,7 @@ from emr_kernels.ops.logit_seeds import LogitSeeds, logit_seeds
 from emr_kernels.ops.masked_chain import masked_chain, masked_chain_sq_norms
 from emr_kernels.ops.masked_gemm import masked_gemm, masked_gemm_sq_norms
 from emr_kernels.ops.pairwise_margins import pairwise_margins
+from emr_kernels.ops.patches import fold_patches
 from emr_kernels.ops.pgd_start import pgd_start
 from emr_kernels.ops.pgd_step import pgd_step
 from emr_kernels.ops.robust_losses import robust_losses
@@ -21,6 +22,7 @@ __all__ = [
     "affine_relu_jvp",
     "affine_relu_vjp",
     "dense_format",
+    "fold_patches",
     "logit_seeds",
     "masked_chain",
     "masked_chain_sq_norms",

@@ -8,7 +8,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from emr_kernels import ops
 from emr_kernels.linearize.graph import Node
+from emr_kernels.linearize.rules import folded
 from emr_kernels.linearize.rules.base import Rule, Tensors, rule_for
 from emr_kernels.linearize.rules.packed import PackedConvolution, linear
 
@@ -166,6 +168,10 @@ class ConvolutionRule(BilinearRule):
         return output, _ConvResidual(_shape_of(input), weight, options, input if primal else None)
 
     def vjp(self, residual: _ConvResidual, cotangent: Any) -> Tensors:
+        if folded.serves(cotangent, residual.weight, residual.options):
+            like = residual.input_like
+            grad = folded.vjp(cotangent, residual.weight, residual.options, like.shape)
+            return (grad.contiguous(memory_format=ops.dense_format(like)),)
         if self._packed is not None and self._packed.weight is residual.weight and self._packed.takes(cotangent):
             return (self._packed.vjp(cotangent, residual.input_like.shape),)
         dummy = torch.empty_like(residual.input_like, device=cotangent.device)
