@@ -16,7 +16,7 @@ CONVOLUTIONS: dict[str, dict[str, Any]] = {
     "image": {"in_channels": 3, "kernel_size": 3, "padding": 1},
     "stride": {"in_channels": 1, "kernel_size": 4, "stride": 2, "padding": 1, "bias": False},
     "left over": {"in_channels": 8, "kernel_size": (3, 2), "stride": (3, 2)},
-    "same": {"in_channels": 2, "kernel_size": 3, "padding": "same"},
+    "one side": {"in_channels": 2, "kernel_size": (1, 5), "padding": (0, 2)},
 }
 
 
