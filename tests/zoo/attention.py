@@ -71,6 +71,57 @@ class SelfAttention(nn.Module):
         return self.head(out.mean(1))
 
 
+class Calls(nn.Module):
+    """Attention called in every other way: learned queries, masks with a row that sees nothing, a shared activation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Linear(6, 8), nn.Linear(8, CLASSES)
+        self.queries = nn.Parameter(torch.randn(1, 1, 3, 4))
+        mask = torch.rand(4, 4) > 0.4
+        mask[2] = False
+        self.register_buffer("mask", mask)
+        self.register_buffer("shift", torch.randn(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.embed(x)
+        heads = h.unflatten(2, (2, 4)).transpose(1, 2)
+        one = heads.mean(1, keepdim=True)
+        outputs = [
+            F.scaled_dot_product_attention(heads, heads * 0.5, heads.tanh(), attn_mask=self.mask),
+            F.scaled_dot_product_attention(heads.sin(), heads * 2, heads + 1, attn_mask=self.shift, scale=0.3),
+            F.scaled_dot_product_attention(heads * 3, one.cos(), one * 2),
+            F.scaled_dot_product_attention(heads[:, :, :2], heads.exp(), heads * 2, is_causal=True),
+            F.scaled_dot_product_attention(heads, heads, heads),
+            F.scaled_dot_product_attention(self.queries, heads.tanh(), heads * 2),
+            F.scaled_dot_product_attention(heads * 2, heads.tanh(), self.shift.expand(h.shape[0], 2, 4, 4)),
+        ]
+        pooled = torch.stack([o.mean(2).expand(h.shape[0], -1, -1).flatten(1) for o in outputs]).sum(0)
+        return self.head(pooled)
+
+
+class Products(nn.Module):
+    """Matrix products of activations, parameters and constants in all shapes, and softmax along any extent."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Linear(6, 8), nn.Linear(8, CLASSES)
+        self.right, self.left = nn.Parameter(torch.randn(8, 8)), nn.Parameter(torch.randn(4, 4))
+        self.column, self.row = nn.Parameter(torch.randn(8)), nn.Parameter(torch.randn(4))
+        self.batch = nn.Parameter(torch.randn(2, 1, 8, 5))
+        self.register_buffer("fixed", torch.randn(8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.embed(x))
+        weights = torch.softmax(h @ h.transpose(1, 2), 1)
+        mixed = weights @ (self.left @ h @ self.right) @ self.fixed
+        mixed = mixed + (h @ self.column).unsqueeze(2) + (self.row @ h).unsqueeze(1)
+        mixed = mixed + (h @ self.batch).mean((0, 3)).unsqueeze(2) + (h * h) @ (h.mean(1).softmax(-1)[0] * self.fixed)
+        mixed = mixed + (h[:, 0] @ h[:, 1].T).sum(1)[:, None, None] * 0.1 + h[0, 0] @ h[0, 1]
+        single = F.layer_norm(mixed, (4, 8), self.batch[0, 0, :4].sum(1).expand(8, 4).T, None)
+        return self.head(F.layer_norm(single.mean(1), (8,), None, self.column).softmax(0))
+
+
 class Encoder(nn.Module):
     """nn.TransformerEncoderLayer between an embedding and a head."""
 
@@ -124,6 +175,8 @@ ENTRIES = [
     Entry("multihead_attention", lambda: SelfAttention(False), (4, 6)),
     Entry("multihead_attention_weights", lambda: SelfAttention(True), (4, 6)),
     Entry("multihead_attention_masked", lambda: SelfAttention(False, masked=True), (4, 6)),
+    Entry("attention_calls", Calls, (4, 6)),
+    Entry("matrix_products", Products, (4, 6), any_batch=False),
     Entry("transformer_encoder_layer", Encoder, (4, 6)),
     Entry("transformer_encoder_layer_prenorm", lambda: Encoder(norm_first=True, activation="gelu"), (4, 6)),
     Entry("transformer_encoder", lambda: Encoder(depth=2), (4, 6)),

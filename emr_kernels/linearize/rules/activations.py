@@ -175,7 +175,9 @@ class GeluRule(_SmoothRule):
 
     def curvature(self, x: torch.Tensor) -> torch.Tensor:
         if self.options[0] == "none":
-            return (2 - x * x) * torch.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
+            square = x * x
+            density = torch.mul(square, -0.5).exp_()
+            return density.mul_(square.sub_(2)).mul_(-1 / math.sqrt(2 * math.pi))
         k, c = math.sqrt(2 / math.pi), 0.044715
         t = torch.tanh(k * (x + c * x**3))
         dq, ddq = k * (1 + 3 * c * x * x), 6 * k * c * x
