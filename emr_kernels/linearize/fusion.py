@@ -11,28 +11,40 @@ import torch
 from emr_kernels.linearize.graph import Graph, Node, Ref
 from emr_kernels.linearize.rules import Rule, rule_for_node
 from emr_kernels.linearize.rules.activations import ReluRule
+from emr_kernels.linearize.rules.attention import AttentionRule
+from emr_kernels.linearize.rules.matrix_products import MatrixProductRule
 from emr_kernels.linearize.rules.normalization import AffineReluRule, BatchNormCall
 from emr_kernels.linearize.rules.residual import AffineAddReluRule
 
 aten = torch.ops.aten
+
+_PRODUCTS = {aten.matmul.default, aten.bmm.default}
+_TRANSPOSES = {aten.transpose.int, aten.mT.default}
+_SOFTMAXES = {aten.softmax.int, aten._softmax.default}
+_QUOTIENTS = {aten.div.Tensor, aten.div.Scalar}
+_SCALINGS = {aten.mul.Tensor, aten.mul.Scalar, *_QUOTIENTS}
 
 
 def fuse(graph: Graph, kept: Collection[int]) -> list[Rule]:
     """The rules that run the graph's body, in order; a value in `kept` stays a value of its own.
 
     BatchNorm (evaluation statistics) followed by nothing but a ReLU or LeakyReLU becomes one rule, and so does
-    BatchNorm followed by nothing but the addition of a shortcut and that by nothing but the ReLU.
+    BatchNorm followed by nothing but the addition of a shortcut and that by nothing but the ReLU. Attention written out
+    becomes the rule of `scaled_dot_product_attention`.
     """
     finder = _Finder(graph, kept)
     swallowed: set[int] = set()
     rules: list[Rule] = []
     for node in graph.body:
         rule = rule_for_node(node) if node.active or node.weights else Rule(node)
+        fused: tuple[Rule, list[Node]] | None = None
         if isinstance(rule, ReluRule):
             fused = finder.affine(node, rule.slope) or finder.affine_with_skip(node, rule.slope)
-            if fused is not None:
-                rule, parts = fused
-                swallowed.update(part.index for part in parts)
+        elif isinstance(rule, MatrixProductRule):
+            fused = finder.attention(node)
+        if fused is not None:
+            rule, parts = fused
+            swallowed.update(part.index for part in parts)
         rules.append(rule)
     return [rule for rule in rules if rule.node.index not in swallowed]
 
@@ -71,6 +83,52 @@ class _Finder:
             fused = Node(relu.index, name, norm.target, (*norm.args, skip), active, norm.weights)
             return AffineAddReluRule(fused, slope, BatchNormCall.of(norm)), [*chain, add]
         return None
+
+    def attention(self, product: Node) -> tuple[AttentionRule, list[Node]] | None:
+        """softmax(scale · q kᵀ) v: both products, what is between them, and the transposition of k."""
+        value = product.args[1]
+        chain, scores = self._softmax(product.args[0])
+        if scores is None or not product.is_active(1):
+            return None
+        scale = 1.0
+        while scores is not None and scores.target in _SCALINGS:
+            factor = scores.args[1]
+            if not isinstance(factor, (int, float)) or not scores.is_active(0):
+                return None
+            scale = scale / factor if scores.target in _QUOTIENTS else scale * factor
+            chain.append(scores)
+            scores = self._only_feeds(scores.args[0])
+        if scores is None or scores.target not in _PRODUCTS or not scores.is_active(0) or not scores.is_active(1):
+            return None
+        query, key = scores.args[0], self._only_feeds(scores.args[1])
+        if key is None or key.target not in _TRANSPOSES or not self._last_two(key):
+            return None
+        chain += [scores, key]
+        operands = (query, key.args[0], value)
+        if len({self.shapes.get(ref.index, (None,))[:-2] for ref in operands}) > 1:
+            return None
+        target = aten.scaled_dot_product_attention.default
+        args = (*operands, None, 0.0, False, scale, False)
+        name = "+".join(part.name for part in (*reversed(chain), product))
+        active = tuple(ref.index for ref in operands)
+        return AttentionRule(Node(product.index, name, target, args, active)), chain
+
+    def _softmax(self, value: object) -> tuple[list[Node], Node | None]:
+        """Softmax over the last extent if it makes the value and feeds nothing else, and the call before it."""
+        chain: list[Node] = []
+        node = self._only_feeds(value)
+        while node is not None and node.target is aten.dropout.default:
+            chain.append(node)
+            node = self._only_feeds(node.args[0])
+        if node is None or node.target not in _SOFTMAXES or node.args[2] or not node.is_active(0):
+            return [], None
+        if node.args[1] not in (-1, len(self.shapes.get(node.index, ())) - 1):
+            return [], None
+        return [*chain, node], self._only_feeds(node.args[0])
+
+    def _last_two(self, transpose: Node) -> bool:
+        dims = len(self.shapes.get(transpose.index, ()))
+        return dims > 2 and {place % dims for place in transpose.args[1:] or (-2, -1)} == {dims - 2, dims - 1}
 
     def _alike(self, output: int, skip: int) -> bool:
         shape = self.shapes.get(output) or self.shapes.get(self.makers[output].args[0].index)

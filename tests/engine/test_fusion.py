@@ -38,6 +38,15 @@ def test_chains_become_one_rule(entry_id: str, expected: dict[str, int]) -> None
     assert found["ReluRule"] == (1 if entry_id == "added_norms" else 0)
 
 
+@pytest.mark.parametrize(
+    ("entry_id", "attentions", "softmaxes"),
+    [("vit", 2, 0), ("attention_written_out", 6, 5), ("multihead_attention_weights", 0, 1)],
+)
+def test_attention_written_out_becomes_one_rule(entry_id: str, attentions: int, softmaxes: int) -> None:
+    found = rules_of(entry_id)
+    assert found["AttentionRule"] == attentions and found["SoftmaxRule"] == softmaxes
+
+
 def test_a_tapped_value_stays_one_of_its_own() -> None:
     assert rules_of("added_norms", ("input", "convs.1"))["AffineAddReluRule"] == 2
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.LazyLinear(2)).double()

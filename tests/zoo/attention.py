@@ -100,6 +100,37 @@ class Calls(nn.Module):
         return self.head(pooled)
 
 
+class Written(nn.Module):
+    """Attention written out in six ways that are one call, and five that only look like it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Linear(6, 8), nn.Linear(8, CLASSES)
+        self.drop = nn.Dropout(0.3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.embed(x)
+        q, k, v = h * 1.5, h.tanh(), h.sin()
+        heads = [t.unflatten(2, (2, 4)).transpose(1, 2) for t in (q, k, v)]
+        grouped = [t.reshape(-1, 2, 4) for t in (q, k, v)]
+        outputs = [
+            torch.softmax(q @ k.transpose(1, 2), 2) @ v,
+            self.drop(torch.softmax(q @ k.transpose(-1, -2) / 3, -1)) @ v,
+            torch.softmax(heads[0] @ heads[1].transpose(2, 3) * 0.5 / 2.0, -1) @ heads[2],
+            torch.bmm(torch.softmax(torch.bmm(grouped[0], grouped[1].transpose(1, 2)), -1), grouped[2]),
+            torch.softmax(h @ h.mT * 2, -1) @ h,
+            torch.softmax(q[:, :2] @ k[:, 1:].mT, -1) @ v[:, 1:].repeat(1, 1, 2),
+            # Another extent, another factor, no transposition, one batch for all; and, below, probabilities read twice.
+            torch.softmax(q @ k.transpose(1, 2), 1) @ v,
+            torch.softmax(q @ k.mT * h[:, :1, :1], -1) @ v,
+            torch.softmax(q[:, :, :4] @ v, -1) @ h.mT,
+            torch.softmax(q @ k[:1].transpose(1, 2), -1) @ v,
+        ]
+        weights = torch.softmax(q @ k.mT, -1)
+        outputs += [weights @ v, weights.square()]
+        return self.head(torch.stack([o.reshape(h.shape[0], -1).cumsum(1)[:, :8] for o in outputs]).sum(0))
+
+
 class Products(nn.Module):
     """Matrix products of activations, parameters and constants in all shapes, and softmax along any extent."""
 
@@ -176,6 +207,7 @@ ENTRIES = [
     Entry("multihead_attention_weights", lambda: SelfAttention(True), (4, 6)),
     Entry("multihead_attention_masked", lambda: SelfAttention(False, masked=True), (4, 6)),
     Entry("attention_calls", Calls, (4, 6)),
+    Entry("attention_written_out", Written, (4, 6)),
     Entry("matrix_products", Products, (4, 6), any_batch=False),
     Entry("transformer_encoder_layer", Encoder, (4, 6)),
     Entry("transformer_encoder_layer_prenorm", lambda: Encoder(norm_first=True, activation="gelu"), (4, 6)),

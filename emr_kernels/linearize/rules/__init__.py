@@ -10,6 +10,7 @@ from emr_kernels.linearize.rules import (
     linear_maps,
     matrix_products,
     normalization,
+    outputs,
     pooling,
     residual,
 )
@@ -28,6 +29,7 @@ __all__ = [
     "lookup",
     "matrix_products",
     "normalization",
+    "outputs",
     "pooling",
     "residual",
     "rule_for_node",

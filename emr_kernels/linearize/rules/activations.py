@@ -126,6 +126,7 @@ class _SmoothRule(Rule):
     """A smooth function of each element: keeps its input, knows f' and f''."""
 
     curved = True
+    fresh = True
 
     @property
     def options(self) -> tuple[Any, ...]:

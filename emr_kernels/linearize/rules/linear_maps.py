@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -14,7 +13,7 @@ from emr_kernels.linearize.rules.base import Rule, Tensors, rule_for, sum_to
 aten = torch.ops.aten
 
 
-class _Spec(NamedTuple):
+class Spec(NamedTuple):
     """Enough of a tensor to make an empty one like it."""
 
     shape: torch.Size
@@ -23,7 +22,7 @@ class _Spec(NamedTuple):
     device: torch.device
 
     @classmethod
-    def of(cls, tensor: torch.Tensor) -> _Spec:
+    def of(cls, tensor: torch.Tensor) -> Spec:
         return cls(tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
 
     def zeros(self) -> torch.Tensor:
@@ -39,7 +38,7 @@ class LinearMapResidual(NamedTuple):
     """What an operator that is linear in its tensors keeps."""
 
     values: dict[int, Any]  # inputs that are not differentiated
-    specs: list[_Spec]  # the differentiated ones, an entry an occurrence
+    specs: list[Spec]  # the differentiated ones, an entry an occurrence
 
 
 @rule_for(
@@ -74,7 +73,6 @@ class LinearMapResidual(NamedTuple):
     aten.stack.default,
     aten.tril.default,
     aten.triu.default,
-    aten.unbind.int,
     aten.upsample_bicubic2d.vec,
     aten.upsample_bilinear2d.vec,
     aten.upsample_linear1d.vec,
@@ -125,11 +123,11 @@ class LinearMapRule(Rule):
 
     def forward(self, args: tuple[Any, ...], primal: bool) -> tuple[Any, Any]:
         values: dict[int, Any] = {}
-        specs: list[_Spec] = []
+        specs: list[Spec] = []
         for leaf, value in zip(flatten(self.node.args), flatten(args), strict=True):
             if isinstance(leaf, Ref):
                 if leaf.index in self._inputs:
-                    specs.append(_Spec.of(value))
+                    specs.append(Spec.of(value))
                 else:
                     values[leaf.index] = value
         return self.node.call(*args), LinearMapResidual(values, specs)
@@ -201,7 +199,7 @@ class ReshapeRule(Rule):
         return tangents[0].reshape(residual[1])
 
 
-@rule_for(aten.permute.default, aten.transpose.int, aten.t.default, aten.numpy_T.default)
+@rule_for(aten.permute.default, aten.transpose.int, aten.t.default, aten.mT.default, aten.numpy_T.default)
 class PermuteRule(Rule):
     """The same elements in another order of extents."""
 
@@ -209,8 +207,8 @@ class PermuteRule(Rule):
         if self.node.target is aten.permute.default:
             return [d % dims for d in self.node.args[1]]
         order = list(range(dims))
-        if self.node.target is aten.transpose.int:
-            a, b = self.node.args[1:]
+        if self.node.target in (aten.transpose.int, aten.mT.default):
+            a, b = self.node.args[1:] or (-2, -1)
             order[a], order[b] = order[b], order[a]
             return order
         return order[::-1]
@@ -319,21 +317,3 @@ class CopyRule(Rule):
             sum_to(cotangent, residual[0]) if want and place == 1 else None
             for place, want in zip(places, wanted, strict=True)
         )
-
-
-@rule_for(operator.getitem)
-class PickRule(Rule):
-    """One output of an operator that has several."""
-
-    def forward(self, args: tuple[Any, ...], primal: bool) -> tuple[Any, Any]:
-        outputs, place = args
-        return outputs[place], len(outputs)
-
-    def vjp(self, residual: int, cotangent: Any) -> Tensors:
-        outputs: list[Any] = [None] * residual
-        outputs[self.node.args[1]] = cotangent
-        return (tuple(outputs),)  # type: ignore[return-value]
-
-    def jvp(self, residual: int, tangents: Tensors) -> Any:
-        outputs: Any = tangents[0]
-        return outputs[self.node.args[1]]
