@@ -124,7 +124,7 @@ def load_payload(path: Path) -> dict[str, Any]:
 
 
 def save_checkpoint(
-    path: Path,
+    path: Path | str,
     model: nn.Module,
     config: RunConfig,
     *,
@@ -142,10 +142,10 @@ def save_checkpoint(
         "metrics": metrics,
         "state_dict": state,
     }
-    save_payload(path, payload)
+    save_payload(Path(path), payload)
 
 
-def load_checkpoint(path: Path, *, trust: bool = False) -> Checkpoint:
+def load_checkpoint(path: Path | str, *, trust: bool = False) -> Checkpoint:
     """Rebuild the model saved at `path`, on the CPU.
 
     trust: import and call what the file names as its model, where that is an import path (`os.system` is one, too).
@@ -155,6 +155,7 @@ def load_checkpoint(path: Path, *, trust: bool = False) -> Checkpoint:
     """
     from emr_training.training.build import make_model
 
+    path = Path(path)
     payload = load_payload(path)
     if "state_dict" not in payload:
         raise CheckpointError(f"{path} is the state of a run, to be resumed; expected a model, best.pt or last.pt")

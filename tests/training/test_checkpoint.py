@@ -24,7 +24,7 @@ def test_round_trip(tmp_path: Path, net: nn.Module, batch: Data) -> None:
     path = tmp_path / "new" / "model.pt"
     save(path, net)
     rng = torch.get_rng_state()
-    loaded = load_checkpoint(path)
+    loaded = load_checkpoint(str(path))
     assert torch.equal(torch.get_rng_state(), rng)
     assert torch.equal(loaded.model(batch.x), net(batch.x))
     assert loaded.config == make_config({"trainer.epochs": 10}) and loaded.metrics == {"epoch": 10}

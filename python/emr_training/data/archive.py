@@ -47,13 +47,14 @@ def _data(images: np.ndarray, labels: np.ndarray, path: Path) -> Data:
         raise DataError(f"{path}: {error}") from None
 
 
-def load_npz(path: Path) -> tuple[Data, Data | None]:
+def load_npz(path: Path | str) -> tuple[Data, Data | None]:
     """The images of a .npz file, and its test images (None: it has none).
 
     Arrays: images (or image, x) [N, H, W], [N, C, H, W] or [N, H, W, C], uint8 or floating point in [0, 1]; labels (or
     label, y) [N]; and the test set under the same names after "test_". Nothing pickled is read. Raises DataError naming
     the file and what is wrong.
     """
+    path = Path(path)
     if not path.is_file():
         raise DataError(f"no file {path}; expected a .npz file of images and labels")
     try:
