@@ -14,6 +14,7 @@ from emr_kernels.ops.pgd_start import pgd_start
 from emr_kernels.ops.pgd_step import pgd_step
 from emr_kernels.ops.robust_losses import robust_losses
 from emr_kernels.ops.sq_norms import sq_norms
+from emr_kernels.ops.to_hyperplane import to_hyperplane
 from emr_kernels.ops.windows import read_windows, write_windows
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "read_windows",
     "robust_losses",
     "sq_norms",
+    "to_hyperplane",
     "unpack_bits",
     "write_windows",
 ]

@@ -57,9 +57,9 @@ def test_projection_against_a_solver(norm: str) -> None:
     w = torch.randn(60, 9, generator=generator, dtype=torch.float64)
     w[::7, :4] = 0
     gap = 3 * torch.randn(60, generator=generator, dtype=torch.float64)
-    d = to_hyperplane(norm, x, w, gap)
+    d, lengths = to_hyperplane(norm, x, w, gap)
     assert float((x + d).min()) >= -1e-15 and float((x + d).max()) <= 1 + 1e-15
-    lengths = torch.linalg.vector_norm(d, ORDERS[norm], dim=1)
+    torch.testing.assert_close(lengths, torch.linalg.vector_norm(d, ORDERS[norm], dim=1))
     reached = 0
     for i in range(60):
         least = solved(norm, x[i].numpy(), w[i].numpy(), float(gap[i]))
@@ -79,7 +79,8 @@ def test_projection_against_a_solver(norm: str) -> None:
 @pytest.mark.parametrize("norm", NORMS)
 def test_projection_of_what_needs_none_or_cannot_move(norm: str) -> None:
     x, w = torch.full((2, 3), 0.5), torch.tensor([[1.0, -2.0, 0.0], [0.0, 0.0, 0.0]])
-    assert not to_hyperplane(norm, x, w, torch.tensor([0.0, 1.0])).any()
+    d, lengths = to_hyperplane(norm, x, w, torch.tensor([0.0, 1.0]))
+    assert not d.any() and not lengths.any()
 
 
 @pytest.mark.parametrize("norm", NORMS)

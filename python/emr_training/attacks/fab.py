@@ -18,7 +18,6 @@ from emr_training.attacks.problem import Problem
 from emr_training.errors import check_count, check_number
 
 _DUAL = {"Linf": 1.0, "L2": 2.0, "L1": torch.inf}
-_PRIMAL = {"Linf": torch.inf, "L2": 2.0, "L1": 1.0}
 
 
 @dataclass(frozen=True)
@@ -145,12 +144,12 @@ class FAB(Attack):
         """The mixture of the two projections."""
         flat, origin = point.flatten(1), x.flatten(1)
         gap_at_x = gap + (w * (origin - flat)).sum(1)
-        both = to_hyperplane(self.norm, torch.cat([flat, origin]), torch.cat([w, w]), torch.cat([gap, gap_at_x]))
-        length = torch.linalg.vector_norm(both, _PRIMAL[self.norm], dim=1).clamp_min(1e-8)
-        (near, far), (step, step_from_x) = length.chunk(2), both.chunk(2)
+        step, near = to_hyperplane(self.norm, flat, w, gap)
+        step_from_x, far = to_hyperplane(self.norm, origin, w, gap_at_x)
+        near, far = near.clamp_min(1e-8), far.clamp_min(1e-8)
         alpha = (near / (near + far)).clamp_max(self.alpha_max)[:, None]
-        mixed = (flat + self.eta * step) * (1 - alpha) + (origin + self.eta * step_from_x) * alpha
-        return mixed.clamp(0, 1).view_as(x)
+        mixed = step.mul_(self.eta).add_(flat).lerp_(step_from_x.mul_(self.eta).add_(origin), alpha)
+        return mixed.clamp_(0, 1).view_as(x)
 
 
 @dataclass(frozen=True)
