@@ -3,6 +3,7 @@
 #include "margins.h"
 #include "products.h"
 #include "rows.h"
+#include "smooth.h"
 #include "steps.h"
 
 #if EMR_X86
@@ -28,6 +29,7 @@ namespace avx512 {
 #include "pairwise_margins.inc"
 #include "steps.inc"
 #include "exp_log.inc"
+#include "smooth.inc"
 #include "rows.inc"
 #include "logit_seeds.inc"
 #include "robust_losses.inc"
@@ -42,6 +44,9 @@ DifferenceNorm difference_norm_avx512(Dtype dtype, NormOrder order) {
 SquareSum square_sum_avx512(Dtype dtype) { return avx512::square_sum_of(dtype); }
 const StepKernels& step_kernels_avx512(Dtype x, Dtype gradient) { return avx512::step_kernels_of(x, gradient); }
 const RowKernels& row_kernels_avx512(Dtype dtype) { return avx512::row_table(dtype); }
+SmoothKernel smooth_kernel_avx512(Dtype dtype, Smooth kind, bool both) {
+  return avx512::smooth_kernel_for(dtype, kind, both);
+}
 
 }  // namespace emr
 

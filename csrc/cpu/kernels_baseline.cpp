@@ -3,6 +3,7 @@
 #include "margins.h"
 #include "products.h"
 #include "rows.h"
+#include "smooth.h"
 #include "steps.h"
 
 #include <torch/headeronly/util/Half.h>
@@ -32,6 +33,7 @@ __attribute__((noinline)) static uint16_t float_to_half(float value) {
 #include "pairwise_margins.inc"
 #include "steps.inc"
 #include "exp_log.inc"
+#include "smooth.inc"
 #include "rows.inc"
 #include "logit_seeds.inc"
 #include "robust_losses.inc"
@@ -46,5 +48,8 @@ DifferenceNorm difference_norm_baseline(Dtype dtype, NormOrder order) {
 SquareSum square_sum_baseline(Dtype dtype) { return baseline::square_sum_of(dtype); }
 const StepKernels& step_kernels_baseline(Dtype x, Dtype gradient) { return baseline::step_kernels_of(x, gradient); }
 const RowKernels& row_kernels_baseline(Dtype dtype) { return baseline::row_table(dtype); }
+SmoothKernel smooth_kernel_baseline(Dtype dtype, Smooth kind, bool both) {
+  return baseline::smooth_kernel_for(dtype, kind, both);
+}
 
 }  // namespace emr

@@ -13,6 +13,7 @@ from emr_kernels.ops.patches import fold_patches
 from emr_kernels.ops.pgd_start import pgd_start
 from emr_kernels.ops.pgd_step import pgd_step
 from emr_kernels.ops.robust_losses import robust_losses
+from emr_kernels.ops.smooth import smooth_jvp, smooth_vjp
 from emr_kernels.ops.sq_norms import sq_norms
 from emr_kernels.ops.to_hyperplane import to_hyperplane
 from emr_kernels.ops.windows import read_windows, write_windows
@@ -35,6 +36,8 @@ __all__ = [
     "pgd_step",
     "read_windows",
     "robust_losses",
+    "smooth_jvp",
+    "smooth_vjp",
     "sq_norms",
     "to_hyperplane",
     "unpack_bits",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -11,7 +10,7 @@ import torch.nn.functional as F
 
 from emr_kernels import ops
 from emr_kernels.linearize.graph import Node
-from emr_kernels.linearize.rules.base import Rule, Tensors, reusable, rule_for
+from emr_kernels.linearize.rules.base import Rule, SecondOrder, Tensors, reusable, rule_for
 
 aten = torch.ops.aten
 
@@ -155,35 +154,35 @@ class _SmoothRule(Rule):
         return (self.curvature(residual).mul_(cotangent).mul_(tangents[0]),)
 
 
-@rule_for(aten.silu.default)
-class SiluRule(_SmoothRule):
-    """x σ(x);  f'' = σ(1 − σ)(2 + x(1 − 2σ))."""
+@rule_for(aten.gelu.default, aten.silu.default)
+class FusedSmoothRule(_SmoothRule):
+    """gelu, exact or by tanh, and silu: each derivative is one pass over memory."""
+
+    @property
+    def kind(self) -> str:
+        """As `ops.smooth_vjp` calls it."""
+        if self.node.target is aten.silu.default:
+            return "silu"
+        return "gelu" if self.options[0] == "none" else "gelu_tanh"
 
     def slope_times(self, x: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
-        return aten.silu_backward.default(vector, x)
+        return ops.smooth_vjp(vector, x, self.kind)
 
-    def curvature(self, x: torch.Tensor) -> torch.Tensor:
-        s = torch.sigmoid(x)
-        return s * (1 - s) * (2 + x * (1 - 2 * s))
+    def vjp_into(self, residual: torch.Tensor, cotangent: Any) -> Tensors:
+        return (ops.smooth_vjp(cotangent, residual, self.kind, out=_place(cotangent, residual, True)),)
+
+    def second_order(
+        self, residual: torch.Tensor, cotangent: Any, tangents: Tensors, wanted: Sequence[bool], needs_tangent: bool
+    ) -> SecondOrder:
+        (tangent,) = tangents
+        assert tangent is not None
+        place = _place(tangent, residual, self.free[0])
+        out, bend = ops.smooth_jvp(tangent, residual, cotangent, self.kind, out=place)
+        return SecondOrder(out if needs_tangent else None, (), (bend,))
 
 
-@rule_for(aten.gelu.default)
-class GeluRule(_SmoothRule):
-    """x Φ(x), or its tanh approximation ½x(1 + tanh q) with q = √(2/π)(x + 0.044715x³)."""
-
-    def slope_times(self, x: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
-        return aten.gelu_backward.default(vector, x, approximate=self.options[0])
-
-    def curvature(self, x: torch.Tensor) -> torch.Tensor:
-        if self.options[0] == "none":
-            square = x * x
-            density = torch.mul(square, -0.5).exp_()
-            return density.mul_(square.sub_(2)).mul_(-1 / math.sqrt(2 * math.pi))
-        k, c = math.sqrt(2 / math.pi), 0.044715
-        t = torch.tanh(k * (x + c * x**3))
-        dq, ddq = k * (1 + 3 * c * x * x), 6 * k * c * x
-        dt = 1 - t * t
-        return dt * dq + 0.5 * x * dt * (ddq - 2 * t * dq * dq)
+def _place(vector: torch.Tensor, like: torch.Tensor, allowed: bool) -> torch.Tensor | None:
+    return reusable(vector, ops.dense_format(like), allowed)
 
 
 @rule_for(aten.softplus.default)

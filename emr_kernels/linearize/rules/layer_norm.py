@@ -45,6 +45,7 @@ class LayerNormRule(Rule):
     curved = True
     bilinear = True
     full_precision = True
+    fresh = True
 
     @classmethod
     def accepts(cls, node: Node) -> bool:
