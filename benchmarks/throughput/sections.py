@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
@@ -71,7 +73,14 @@ def _contest(contest: Contest) -> Section:
 
 def _autoattack(wanted: Wanted) -> dict[str, Callable[[], Record]]:
     plan = autoattack.Plan(device=wanted.device, **SIZES[wanted.scale].autoattack)
-    return {"digits": lambda: autoattack.measure(plan)}
+    cases = {"digits": partial(autoattack.measure, plan)}
+    folder = Path(os.environ.get("EMR_DATA", "")) / "mnist"
+    if wanted.scale != "quick" and folder.is_dir():
+        cases["MNIST"] = partial(
+            autoattack.measure,
+            autoattack.Plan(folder, contenders=("pyautoattack", "emr_training"), device=wanted.device),
+        )
+    return cases
 
 
 def _scaling(wanted: Wanted) -> dict[str, Callable[[], Record]]:
