@@ -1,14 +1,15 @@
 // Cotangents carried back through a chain of (leaky) ReLUs and linear layers, some samples at a time.
 //
-// Units that are off cost nothing: the rows of a sample share its bits, so a tile of them sums over the sample's list of
-// units that are on, and of a product only the columns that the next list asks for are kept. Where all samples share
-// one grad (the rows of a classifier's last weight), their first products differ by few units: they start from the
-// product over the units that are on in most samples.
+// Units that are off cost nothing: the rows of a sample share its bits, so a tile of them sums over the sample's list
+// of units that are on, and of a product only the columns that the next list asks for are computed (with AVX-512) or
+// kept. Where all samples share one grad (the rows of a classifier's last weight), their first products differ by few
+// units: they start from the product over the units that are on in most samples.
 #pragma once
 
 #include <cmath>
 
 #include "active_units.h"
+#include "chosen_columns.h"
 #include "layout.h"
 #include "products.h"
 
@@ -128,13 +129,23 @@ class Chain {
 
   // A task is one panel and a group of pieces; consecutive tasks share the panel.
   void multiply(size_t l, int64_t first) {
+    narrows(l) ? share<NarrowWorker>(l, first, kWidePanel) : share<Worker>(l, first, k.columns);
+  }
+
+  // Whether the next link's units that are off save columns.
+  bool narrows(size_t l) const {
+    return k.multiply_chosen != nullptr && l + 1 < t.links.size() && t.links[l + 1].slope == 0;
+  }
+
+  template <class W>
+  void share(size_t l, int64_t first, int64_t columns) {
     constexpr int64_t kMostPieces = 256, kTasksByThread = 4;
-    const int64_t count = panels(t.links[l]), threads = torch::stable::get_num_threads();
+    const int64_t count = (t.links[l].columns + columns - 1) / columns, threads = torch::stable::get_num_threads();
     const int64_t least = (owned + kMostPieces - 1) / kMostPieces;
     const int64_t groups = std::clamp<int64_t>((kTasksByThread * threads + count - 1) / count, least, owned);
     const int64_t size = (owned + groups - 1) / groups;
     torch::stable::parallel_for(0, count * groups, 1, [&](int64_t begin, int64_t end) {
-      Worker worker(*this, l, first, size);
+      W worker(*this, l, first, size);
       for (int64_t i = begin; i < end; ++i) {
         const int64_t piece = std::min(i % groups * size, owned);
         worker.run(i / groups, piece, std::min(piece + size, owned));
@@ -214,6 +225,92 @@ class Chain {
     const size_t l;
     const int64_t first, bases, tile;
     int64_t packed_panel = -1, packed_from = -1, base_panel = -1;
+    Scratch<A> panel, tiles, base_tiles;
+  };
+
+  // The same where the next link's units that are off need no columns.
+  class NarrowWorker {
+   public:
+    NarrowWorker(const Chain& chain, size_t l, int64_t, int64_t pieces)
+        : c(chain),
+          k(chain.k),
+          link(chain.t.links[l]),
+          l(l),
+          bases(l == 0 ? chain.bases : 0),
+          block(std::max<int64_t>(1, chain.block * k.columns / kWidePanel)),
+          tile(k.rows * ChosenColumns::kTile),
+          chosen(pieces),
+          panel(std::min(block, link.units) * kWidePanel),
+          tiles(pieces * ChosenColumns::kTiles * tile),
+          base_tiles(bases * ChosenColumns::kTiles * tile) {
+      every.choose_all();
+    }
+
+    void run(int64_t p, int64_t begin, int64_t end) {
+      const Piece* const base = c.pieces.data() + c.owned;
+      const bool new_base = p != base_panel;
+      for (int64_t i = begin; i < end; ++i) {
+        chosen[i - begin].choose(c.active[l + 1][c.pieces[i].sample], p * kWidePanel);
+      }
+      for (int64_t from = 0; from < link.units; from += block) {
+        const int64_t to = std::min(from + block, link.units);
+        if (packed_panel != p || packed_from != from) {
+          k.pack_wide(link.weight, link.columns, p * kWidePanel, from, to, panel.get());
+          packed_panel = p, packed_from = from;
+        }
+        for (int64_t i = 0; new_base && i < bases; ++i) {
+          multiply(base[i], every, from, to, sums(base_tiles, i));
+        }
+        for (int64_t i = begin; i < end; ++i) {
+          multiply(c.pieces[i], chosen[i - begin], from, to, sums(tiles, i - begin));
+        }
+      }
+      base_panel = p;
+      for (int64_t i = begin; i < end; ++i) {
+        const A* const common = bases == 0 ? nullptr : sums(base_tiles, i % bases);
+        finish(c.pieces[i], chosen[i - begin], sums(tiles, i - begin), common);
+      }
+    }
+
+   private:
+    A* sums(const Scratch<A>& all, int64_t i) const { return all.get() + i * ChosenColumns::kTiles * tile; }
+
+    void multiply(const Piece& piece, const ChosenColumns& columns, int64_t from, int64_t to, A* sums) const {
+      const Active<A>& a = c.active[l][piece.sample];
+      const int64_t i = a.from(from), count = (to == link.units ? a.count : a.from(to)) - i;
+      const A* const values = c.values_of(l, piece) + i * piece.rows;
+      for (int64_t n = 0; n < columns.tiles(); ++n, sums += tile) {
+        k.multiply_chosen(
+            piece.rows, values, a.units + i, count, from, panel.get(), columns.lanes[n], from == 0 ? nullptr : sums,
+            sums);
+      }
+    }
+
+    // The sum in row 0 of a lane, counted over both tiles.
+    const A* lane(const A* sums, int64_t at) const {
+      return sums + at / ChosenColumns::kTile * tile + at % ChosenColumns::kTile;
+    }
+
+    void finish(const Piece& piece, const ChosenColumns& columns, const A* sums, const A* base) const {
+      A* to = c.values_of(l + 1, piece) + columns.place * piece.rows;
+      for (int64_t i = 0; i < columns.count; ++i, to += piece.rows) {
+        const A* const own = lane(sums, columns.at[i]);
+        const A* const common = base == nullptr ? nullptr : lane(base, every.at[columns.column[i]]);
+        for (int64_t r = 0; r < piece.rows; ++r) {
+          const int64_t line = r * ChosenColumns::kTile;
+          to[r] = common == nullptr ? own[line] : own[line] + common[line];
+        }
+      }
+    }
+
+    const Chain& c;
+    const ProductKernels& k;
+    const Link& link;
+    const size_t l;
+    const int64_t bases, block, tile;
+    int64_t packed_panel = -1, packed_from = -1, base_panel = -1;
+    std::vector<ChosenColumns> chosen;
+    ChosenColumns every;
     Scratch<A> panel, tiles, base_tiles;
   };
 

@@ -5,6 +5,9 @@
 
 namespace emr {
 
+// Columns of a wide panel, three vectors of float32 in AVX-512.
+inline constexpr int64_t kWidePanel = 48;
+
 // The product is made in tiles of a few rows by a panel of columns, whose part of the weight is packed once for many
 // tiles. T is the tensors' dtype, A the compute type.
 struct ProductKernels {
@@ -30,6 +33,12 @@ struct ProductKernels {
       void* values);
   // squares[r * stride] = Σ_c tile[r][c]²; A.
   void (*square)(const void* tile, int64_t rows, void* squares, int64_t stride);
+  // The same as `pack` and `multiply` for a panel of kWidePanel columns, of which a tile computes those that `lanes`
+  // names: see ChosenColumns. Null where the instruction set has no shuffle over two vectors of A.
+  void (*pack_wide)(const void* weight, int64_t width, int64_t column, int64_t begin, int64_t end, void* panel);
+  void (*multiply_chosen)(
+      int64_t rows, const void* values, const int32_t* units, int64_t count, int64_t first, const void* panel,
+      const int32_t* lanes, const void* start, void* tile);
 };
 
 const ProductKernels& product_kernels_baseline(Dtype dtype);

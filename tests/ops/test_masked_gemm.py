@@ -163,6 +163,19 @@ def test_chain_matches_float64(backend: Backend, dtype: torch.dtype) -> None:
             torch.testing.assert_close(squares, expected.square().sum(2), rtol=20 * tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("rows", [1, 12, 14])
+@pytest.mark.parametrize("share_on", [0.0, 0.05, 0.8, 1.0])
+def test_chain_of_any_share_of_units(share_on: float, rows: int) -> None:
+    """From no unit to all: none, some or more columns of a panel than a tile holds; and a panel packed in two parts."""
+    samples, sizes = 9, (60, 2100, 97, 50)
+    grad, _, weights = chain(samples, rows, sizes, torch.float32, "cpu")
+    bits = [ops.pack_bits(torch.rand(samples, h) < share_on) for h in sizes[:-1]]
+    for given in (grad, torch.randn(samples, rows, sizes[0])):
+        actual = ops.masked_chain(given, bits, weights, [0.0] * 3).double()
+        expected = masked_chain_reference(given.double(), bits, [w.double() for w in weights], [0.0] * 3, "ieee")
+        assert float((actual - expected).norm()) <= 4e-6 * float(expected.norm())
+
+
 def test_chain_in_parts_of_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton", reason="Triton cannot be imported")
     from emr_kernels.triton import launchers
