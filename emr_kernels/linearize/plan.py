@@ -24,6 +24,8 @@ class Plan:
     first_wanted: int
     folded: dict[int, int]  # BatchNorm's place -> its scale's place among the leaves; see `scales`
     folding: dict[int, list[int]]  # a layer's place -> the BatchNorms whose scales it applies
+    remade: dict[int, int]  # a layer's place -> the place of the light call that makes its input again
+    pulled_again: dict[int, int]  # a layer's place -> the place of the light call whose vjp is its cotangent
 
 
 class Planner:
@@ -43,6 +45,9 @@ class Planner:
         dims = {index: len(shape) for index, shape in graph.shapes.items()}
         self.leaf_place = {leaf: place for place, leaf in enumerate(graph.leaves)}
         self.releases = self._last_uses()
+        self._makers = {rule.node.index: place for place, rule in enumerate(rules)}
+        self._readers = self._find_readers()
+        self._kept = kept
         self.tapped = self._downstream_of(taps)
         self.scale_sources = find_scale_sources(rules, kept, dims)
         self._mark_free({*kept, graph.input})
@@ -58,6 +63,14 @@ class Planner:
         if key not in self._plans:
             self._plans[key] = self._make_plan(*key)
         return self._plans[key]
+
+    def _find_readers(self) -> dict[int, list[int]]:
+        """The places of the calls that read each value."""
+        readers: dict[int, list[int]] = {}
+        for place, rule in enumerate(self.rules):
+            for ref in rule.node.refs():
+                readers.setdefault(ref, []).append(place)
+        return readers
 
     def _last_uses(self) -> list[list[int]]:
         """For each call, the values that nothing reads after it."""
@@ -107,7 +120,41 @@ class Planner:
         first = next((place for place, mask in enumerate(masks) if any(mask)), len(masks))
         folded, folding = self._folds(masks)
         keeps = [kept and place not in folded for place, kept in enumerate(reversed(keeps))]
-        return Plan(masks, needs_primal[::-1], keeps, tangent[::-1], first, folded, folding)
+        needs_primal = needs_primal[::-1]
+        remade, again = self._remade(needs_primal), self._pulled_again(keeps)
+        needs_primal = [needs and place not in remade for place, needs in enumerate(needs_primal)]
+        keeps = [kept and place not in again for place, kept in enumerate(keeps)]
+        return Plan(masks, needs_primal, keeps, tangent[::-1], first, folded, folding, remade, again)
+
+    def _remade(self, needs_primal: list[bool]) -> dict[int, int]:
+        """The layers whose input need not be kept: a light call makes it, and only layers read it."""
+        found: dict[int, int] = {}
+        for place, needed in enumerate(needs_primal):
+            rule = self.rules[place]
+            if not needed or not isinstance(rule, BilinearRule):
+                continue
+            (value,) = rule.node.active
+            maker = self._makers.get(value)
+            if maker is None or not self.rules[maker].light or value in self._kept:
+                continue
+            readers = [self.rules[reader] for reader in self._readers[value]]
+            if all(isinstance(reader, BilinearRule) and reader.node.active == (value,) for reader in readers):
+                found[place] = maker
+        return found
+
+    def _pulled_again(self, keeps: list[bool]) -> dict[int, int]:
+        """The layers whose cotangent need not be kept: a light call, whose own is kept, alone reads their output."""
+        found: dict[int, int] = {}
+        for place, kept in enumerate(keeps):
+            rule = self.rules[place]
+            value = rule.node.index
+            readers = self._readers.get(value, [])
+            if not kept or not isinstance(rule, BilinearRule) or len(readers) != 1 or value in self._kept:
+                continue
+            (reader,) = readers
+            if self.rules[reader].light and keeps[reader] and self.rules[reader].node.active == (value,):
+                found[place] = reader
+        return found
 
     def _folds(self, masks: list[tuple[bool, ...]]) -> tuple[dict[int, int], dict[int, list[int]]]:
         """Which wanted BatchNorm scales are folded into layers whose weights are wanted, too."""

@@ -244,6 +244,8 @@ class Program:
                 given = self._operands(point, place, flow)
                 cotangent, kept[place] = kept[place], None
                 moving = any(t is not None for t in given)
+                if moving and place in plan.pulled_again:
+                    cotangent = self._pulled_again(point, place, kept)
                 if moving and cotangent is not None:
                     residual = linear_residual(self.rules, self.planner, point, place)
                     wanted, onwards = plan.wanted[place], plan.needs_tangent[place]
@@ -305,13 +307,33 @@ class Program:
                 continue
             wanted = point.plan.wanted[place]
             needs_input = bool(rule.node.active) and (wants_input or place > point.plan.first_wanted)
-            found, terms = rule.backward(point.residuals[place], adjoint, wanted, needs_input, index in owned)
+            residual = self._with_input(point, place) if any(wanted) else point.residuals[place]
+            found, terms = rule.backward(residual, adjoint, wanted, needs_input, index in owned)
+            del residual
             self._collect(grads, place, found)
             for ref, term in zip(rule.node.active, terms, strict=True):
                 if term is not None:
                     if rule.fresh or adjoints[ref] is not None:
                         owned.add(ref)
                     adjoints[ref] = add(adjoints[ref], term, point.dtypes[ref], rule.fresh)
+
+    def _pulled_again(self, point: Point, place: int, kept: list[Any]) -> torch.Tensor | None:
+        """The cotangent of a layer that a light call alone reads."""
+        reader = point.plan.pulled_again[place]
+        if kept[reader] is None:
+            return None
+        residual = linear_residual(self.rules, self.planner, point, reader)
+        (cotangent,) = self.rules[reader].vjp(residual, kept[reader])
+        assert cotangent is not None
+        return cotangent.to(point.dtypes[self.rules[place].node.index])
+
+    def _with_input(self, point: Point, place: int) -> Any:
+        """A call's residual, with its input made once more where that was not kept."""
+        residual, maker = point.residuals[place], point.plan.remade.get(place)
+        if maker is None:
+            return residual
+        input, dtype = self.rules[maker].remake(point.residuals[maker]), point.operand_dtypes[place]
+        return residual._replace(input=input if dtype is None else cast(input, dtype))
 
     @staticmethod
     def _add_to(grads: list[torch.Tensor | None], leaf: int, grad: torch.Tensor) -> None:

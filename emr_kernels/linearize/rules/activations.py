@@ -126,6 +126,7 @@ class _SmoothRule(Rule):
 
     curved = True
     fresh = True
+    light = True
 
     @property
     def options(self) -> tuple[Any, ...]:
@@ -133,6 +134,10 @@ class _SmoothRule(Rule):
 
     def forward(self, args: tuple[Any, ...], primal: bool) -> tuple[Any, Any]:
         return self.node.call(*args), args[0]
+
+    def remake(self, residual: torch.Tensor) -> torch.Tensor:
+        output: torch.Tensor = self.node.call(residual, *self.options)
+        return output
 
     def slope_times(self, x: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
         """f'(x) * vector."""

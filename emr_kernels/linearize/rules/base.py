@@ -50,6 +50,9 @@ class Rule:
     fresh: ClassVar[bool] = False
     """Whether `forward`, `vjp` and `jvp` return memory of their own, that others may write into."""
 
+    light: ClassVar[bool] = False
+    """Whether forward and vjp cost little beside a layer: they are done again rather than their results kept."""
+
     def __init__(self, node: Node) -> None:
         self.node = node
         self.free: tuple[bool, ...] = (False,) * len(node.active)
@@ -66,6 +69,10 @@ class Rule:
 
     def forward(self, args: tuple[Any, ...], primal: bool) -> tuple[Any, Any]:
         """The output and the residual; `primal` asks for what `param_vjp` needs, too."""
+        raise NotImplementedError
+
+    def remake(self, residual: Any) -> torch.Tensor:
+        """The output once more, of a light call."""
         raise NotImplementedError
 
     def vjp(self, residual: Any, cotangent: Any) -> Tensors:

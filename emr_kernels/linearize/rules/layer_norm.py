@@ -30,6 +30,7 @@ class _Norm(NamedTuple):
     mean: torch.Tensor
     rstd: torch.Tensor
     shape: Sequence[int]
+    eps: float
 
     def pulled(self, rows: torch.Tensor, weight: torch.Tensor | None, mask: tuple[bool, bool, bool]) -> Any:
         """r Π (weight ∘ rows), and what an ordinary backward pass gives the weight and the bias."""
@@ -46,6 +47,7 @@ class LayerNormRule(Rule):
     bilinear = True
     full_precision = True
     fresh = True
+    light = True
 
     @classmethod
     def accepts(cls, node: Node) -> bool:
@@ -59,7 +61,12 @@ class LayerNormRule(Rule):
     def forward(self, args: tuple[Any, ...], primal: bool) -> tuple[Any, Any]:
         input, shape, weight, bias, eps = (*args, *(None, None, 1e-5)[len(args) - 2 :])[:5]
         output, mean, rstd = aten.native_layer_norm.default(input, shape, weight, bias, eps)
-        return output, _Norm(input, weight, bias, mean, rstd, shape)
+        return output, _Norm(input, weight, bias, mean, rstd, shape, eps)
+
+    def remake(self, residual: _Norm) -> torch.Tensor:
+        input, weight, bias, _, _, shape, eps = residual
+        output: torch.Tensor = aten.native_layer_norm.default(input, shape, weight, bias, eps)[0]
+        return output
 
     def vjp(self, residual: _Norm, cotangent: Any) -> Tensors:
         return (residual.pulled(cotangent, residual.weight, (True, False, False))[0],)
