@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -108,7 +110,7 @@ def _made(jobs: Sequence[Job], processes: int) -> Iterator[tuple[Job, float]]:
         return
     # Threads of the parent do not survive a fork.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with ProcessPoolExecutor(processes, mp_context=context, initializer=_begin) as pool:
         futures = {pool.submit(job.make): job for job in jobs}
         try:
             for future in as_completed(futures):
@@ -116,3 +118,16 @@ def _made(jobs: Sequence[Job], processes: int) -> Iterator[tuple[Job, float]]:
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def _begin() -> None:
+    """In a process of the pool: one thread, and an end as soon as whoever started it is killed."""
+    torch.set_num_threads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +140,47 @@ def test_jobs_make_what_is_missing(tmp_path: Path, processes: int) -> None:
     (tmp_path / "1.json").write_text('{"seconds": 1.0, "square": "kept"}')
     run_jobs("squares", [*wanted, wanted[0]], processes, Clock(), QUIET)
     assert [jobs_module.read(job.path)["square"] for job in wanted] == [0, "kept", 4]
+
+
+def test_killed_run_leaves_no_process(tmp_path: Path) -> None:
+    wanted = [Job(tmp_path / f"{i}.json", "wait", waiting, (tmp_path / f"{i}.pid",)) for i in range(2)]
+    parent = multiprocessing.get_context("spawn").Process(target=run_quietly, args=(wanted,))
+    parent.start()
+    until(lambda: all((tmp_path / f"{i}.pid").exists() and (tmp_path / f"{i}.pid").read_text() for i in range(2)))
+    parent.kill()
+    parent.join()
+    workers = [int((tmp_path / f"{i}.pid").read_text()) for i in range(2)]
+    until(lambda: not any(alive(worker) for worker in workers))
+
+
+def run_quietly(wanted: list[Job]) -> None:
+    """In two processes."""
+    run_jobs("waiting", wanted, 2, Clock(), QUIET)
+
+
+def waiting(path: Path) -> dict[str, Any]:
+    """Longer than any test."""
+    path.write_text(str(os.getpid()))
+    time.sleep(600)
+    return {}
+
+
+def alive(process: int) -> bool:
+    """Whether a process runs; one that has ended may wait for whoever inherited it."""
+    try:
+        os.kill(process, 0)
+        state = Path(f"/proc/{process}/stat")
+        return not state.exists() or state.read_text().rpartition(")")[2].split()[0] != "Z"
+    except (ProcessLookupError, FileNotFoundError):
+        return False
+
+
+def until(holds: Callable[[], bool]) -> None:
+    """Wait for something that takes seconds; fail after two minutes."""
+    end = time.monotonic() + 120
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 @pytest.mark.parametrize(("defense", "epochs"), [("standard", 24), ("at", 11), ("trades", 11)])
