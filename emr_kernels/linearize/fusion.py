@@ -93,7 +93,7 @@ class _Finder:
         scale = 1.0
         while scores is not None and scores.target in _SCALINGS:
             factor = scores.args[1]
-            if not isinstance(factor, (int, float)) or not scores.is_active(0):
+            if not isinstance(factor, (int, float)) or factor == 0 or not scores.is_active(0):
                 return None
             scale = scale / factor if scores.target in _QUOTIENTS else scale * factor
             chain.append(scores)
