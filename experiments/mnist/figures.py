@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import NullFormatter, PercentFormatter
 
 from emr_training.reporting import margin_distributions
 from emr_training.reporting.figures import INK, PALETTE, clean_axes, save_figure, set_title
@@ -102,7 +102,7 @@ def _ablation(path: Path, results: Mapping[str, Any]) -> None:
             _dots(ax, place, f"{base.split()[1]}{' EMR' if row['emr'] else ''}", next(iter(row["autoattack"].values())))
         ax.set_yticks(range(len(among)), [row["setting"] for row in among], fontsize=7.5)
         ax.invert_yaxis()
-        ax.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        ax.xaxis.set_major_formatter(PercentFormatter(1.0))
         ax.set_title(base, fontsize=10, color=INK)
         clean_axes(ax)
         ax.grid(axis="x", color="#E6E6E6", linewidth=0.8)
@@ -185,6 +185,7 @@ def _prediction(path: Path, points: Mapping[float, Sequence[Mapping[str, Any]]],
                 ax.set_title(text, fontsize=8.5, color=INK)
             if "norm" in quantity and min(model[quantity] for model in models) > 0:
                 ax.set_xscale("log")
+                ax.xaxis.set_minor_formatter(NullFormatter())
             ax.set_xlabel(f"median {quantity}", fontsize=8.5)
             ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
             clean_axes(ax)

@@ -74,7 +74,8 @@ class Collector:
             emr = finals[f"{title} + EMR"]
             for against in (title, f"{title}, equal cost"):
                 if against in finals:
-                    names = ("test_accuracy", "median_margin", *emr["autoattack"])
+                    radii = [radius for radius in emr["autoattack"] if radius in finals[against]["autoattack"]]
+                    names = ("test_accuracy", "median_margin", *radii)
                     result.append(
                         {
                             "method": f"{title} + EMR",
@@ -147,12 +148,15 @@ class Collector:
         return round(sum(read(path)["seconds"] for path in paths if path.parent.name != "report"), 1)
 
     def _summary(self, specs: Sequence[Spec], epsilons: Sequence[float]) -> dict[str, Any] | None:
+        """Over the seeds, at the radii where all are done; None where they are not even at the first one."""
         output, given = self.plan.output, self.plan.settings
         trained = [self._read(measure.training(output, spec, given)) for spec in specs]
         found = [self._read(measure.margins(output, spec, given)) for spec in specs]
         ensembles = {e: [self._read(measure.attack(output, spec, e, given)) for spec in specs] for e in epsilons}
-        if any(part is None for group in (trained, found, *ensembles.values()) for part in group):
+        own = ensembles[epsilons[0]]
+        if any(part is None for group in (trained, found, own) for part in group):
             return None
+        ensembles = {e: parts for e, parts in ensembles.items() if all(part is not None for part in parts)}
 
         def over(parts: Sequence[Any], value: Callable[[Any], float | None]) -> dict[str, Any]:
             return spread([value(part) for part in parts])
