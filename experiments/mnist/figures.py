@@ -56,7 +56,7 @@ def _accuracies(path: Path, final: Mapping[str, Any], net: str) -> None:
             spread = found["test_accuracy"] if radius is None else found["autoattack"].get(radius)
             if spread is not None:
                 _dots(ax, row, title, spread)
-        ax.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        ax.xaxis.set_major_formatter(PercentFormatter(1.0))
         ax.set_title("clean" if radius is None else f"AutoAttack, ε = {radius}", fontsize=10.5, color=INK)
         ax.set_yticks(range(len(final)), list(final))
         clean_axes(ax)

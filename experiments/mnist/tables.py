@@ -29,7 +29,7 @@ def _runs(results: Mapping[str, Any]) -> str:
         f"{given['train_images']} training, {given['validation_images']} validation and {given['attacked']} attacked "
         f"test images of {given['data']}; {given['epochs']} epochs; seeds {seeds}. "
         f"{results['computing_seconds'] / 3600:.2f} hours of one thread in all, "
-        f"on {where['platform']} with torch {where['packages']['torch']}."
+        f"with torch {where['packages']['torch']}."
     ]
     if missing:
         lines.append(f"**Not complete: {missing} results are missing** (`missing` in results.json).")
