@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 
 import pytest
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 
 import zoo
 from emr_kernels import EffectiveWeightPenalty, effective_margins
+from emr_kernels.linearize import verify
+from emr_kernels.linearize.program import Program
 from oracle import double_backward, relative_error
 
 
@@ -134,6 +137,37 @@ def test_the_model_still_pickles() -> None:
     model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
     EffectiveWeightPenalty(model)(first_batch())
     assert pickle.loads(pickle.dumps(model))[0].weight.shape == (3, 4)
+
+
+def test_what_rounding_decides_in_float32_is_decided_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A deep network's gradients differ by percents between two float32 computations that are both right."""
+    monkeypatch.setitem(verify._TOLERANCES, torch.float32, (0.0, 0.0))
+    monkeypatch.setitem(verify._TOLERANCES, torch.float64, (1e-10, 0.0))
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(40, 30), nn.Tanh(), nn.Linear(30, 3)), torch.rand(5, 40)
+    before = copy.deepcopy(model.state_dict())
+    penalty = EffectiveWeightPenalty(model, temperature=1.0)
+    penalty(x).backward()
+    assert penalty.engine == "linearized"
+    assert all(p.dtype == torch.float32 and torch.equal(p, before[name]) for name, p in model.state_dict().items())
+    monkeypatch.setitem(verify._TOLERANCES, torch.float64, (0.0, 0.0))
+    with pytest.warns(RuntimeWarning, match="falls back"):
+        penalty = EffectiveWeightPenalty(copy.deepcopy(model), temperature=1.0)
+        penalty(x)
+    assert penalty.engine == "autograd"
+
+
+@pytest.mark.filterwarnings("ignore:the effective weight penalty falls back")
+def test_gross_errors_in_float32_are_not_settled_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong_in_float32(*arguments, **options):  # type: ignore[no-untyped-def]
+        grad, kept = vjp(*arguments, **options)
+        return [g if g is None or g.dtype != torch.float32 else 2 * g for g in grad], kept
+
+    vjp = Program.vjp
+    monkeypatch.setattr(Program, "vjp", wrong_in_float32)
+    penalty = EffectiveWeightPenalty(nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)))
+    penalty(first_batch())
+    assert penalty.engine == "autograd"
 
 
 FLOAT32 = [entry for entry in zoo.ENTRIES if entry.engine == "linearized" and entry.reference_build is None]
