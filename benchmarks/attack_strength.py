@@ -12,28 +12,26 @@ them.
 from __future__ import annotations
 
 import argparse
-import gzip
 import importlib.metadata
 import math
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import foolbox  # type: ignore[import-not-found]
-import numpy as np
 import torch
 import torchattacks  # type: ignore[import-not-found]
 from torch import Tensor, nn
 
 from benchmarks.measure import environment, write_json
+from benchmarks.subjects import Subject, Subjects, accuracy, digits_subjects, read_mnist
 from emr_training.attacks import PGD, CarliniWagner, DeepFool
 from emr_training.attacks.balls import Norm, distance
 from emr_training.config import make_config
-from emr_training.data import Data, load_digits
+from emr_training.data import Data
 from emr_training.training import train
 
 STEPS, RUNS, LEARNING_RATE = 20, 9, 0.05
@@ -41,57 +39,22 @@ STEPS, RUNS, LEARNING_RATE = 20, 9, 0.05
 Found = Callable[[nn.Module, Data, int], Tensor]
 
 
-@dataclass(frozen=True)
-class Subject:
-    """A network, the images that it is attacked on, and the radii of the balls."""
-
-    name: str
-    model: nn.Module
-    data: Data
-    radii: dict[Norm, float]
-
-
-def read_mnist(folder: Path, part: str, count: int) -> Data:
-    """The first `count` images of MNIST's "train" or "t10k"."""
-    with gzip.open(folder / f"{part}-images-idx3-ubyte.gz") as file:
-        pixels = np.frombuffer(file.read(16 + count * 784), np.uint8, offset=16)
-    with gzip.open(folder / f"{part}-labels-idx1-ubyte.gz") as file:
-        labels = np.frombuffer(file.read(8 + count), np.uint8, offset=8)
-    x = torch.from_numpy(pixels.reshape(-1, 1, 28, 28).astype(np.float32) / 255)
-    return Data(x, torch.from_numpy(labels.astype(np.int64)))
-
-
-def subjects(data: Path | None) -> list[Subject]:
-    """The networks, trained here: convolutional, standard and adversarially trained."""
-    digits = load_digits(0)
-    recipes: dict[str, dict[str, Any]] = {
-        "standard": {"trainer.epochs": 10},
-        "AT": {"defense": "at", "trainer.epochs": 15},
-        "AT-EMR": {"defense": "at", "trainer.epochs": 15, "penalties.emr.strength": 1.0},
-    }
-    found = []
-    for name, recipe in recipes.items():
-        model = train(make_config({"model": "cnn", **recipe}), digits.train, None, digits.classes).model
-        standard = name == "standard"
-        radii: dict[Norm, float] = {"Linf": 0.05 if standard else 0.15, "L2": 0.3 if standard else 0.5}
-        found.append(Subject(f"digits, {name}", model.eval(), digits.test, radii))
+def subjects(data: Path | None) -> Subjects:
+    """The networks, convolutional: standard and adversarially trained."""
+    found = digits_subjects()
     if data is None:
         return found
-    training, test = read_mnist(data / "mnist", "train", 6_000), read_mnist(data / "mnist", "t10k", 300)
-    recipes = {"standard": {}, "AT": {"defense": "at", "attack.epsilon": 0.2}}
-    for name, recipe in recipes.items():
+
+    def make(name: str, folder: Path) -> Subject:
+        training, test = read_mnist(folder, "train", 6_000), read_mnist(folder, "t10k", 300)
+        recipe = {"standard": {}, "AT": {"defense": "at", "attack.epsilon": 0.2}}[name]
         settings = {"model": "cnn", "optimizer.learning_rate": 0.05, "trainer.epochs": 3, **recipe}
         model = train(make_config(settings), training, None, 10).model
         standard = name == "standard"
-        radii = {"Linf": 0.08 if standard else 0.2, "L2": 1.0 if standard else 1.5}
-        found.append(Subject(f"MNIST, {name}", model.eval(), test, radii))
-    return found
+        return Subject(model.eval(), test, {"Linf": 0.08 if standard else 0.2, "L2": 1.0 if standard else 1.5})
 
-
-def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
-    """The part of x that the model classifies as y."""
-    with torch.no_grad():
-        return float((model(x).argmax(1) == y).double().mean())
+    mnist = {f"MNIST, {name}": (lambda name=name: make(name, data / "mnist")) for name in ("standard", "AT")}
+    return {**found, **mnist}
 
 
 def by_foolbox(attack: Any, epsilon: float | None = None) -> Found:
@@ -177,14 +140,14 @@ def minimal(subject: Subject, attack: str, norm: Norm, contenders: dict[str, Fou
     return {"attack": attack, "norm": norm, "images": len(data), "results": results}
 
 
-def measure(subject: Subject, options: argparse.Namespace) -> dict[str, Any]:
+def measure(name: str, subject: Subject, options: argparse.Namespace) -> dict[str, Any]:
     """All rows of one network."""
     rows = [bounded(subject, norm, options.starts) for norm in subject.radii]
     rows += [minimal(subject, "DeepFool", norm, deepfool(norm), options.images) for norm in subject.radii]
     contenders = carlini_wagner(options.cw_steps)
     rows.append(minimal(subject, "Carlini-Wagner", "L2", contenders, options.cw_images))
     return {
-        "model": subject.name,
+        "model": name,
         "images": len(subject.data),
         "clean": accuracy(subject.model, subject.data.x, subject.data.y),
         "rows": rows,
@@ -224,8 +187,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     networks = []
-    for subject in subjects(options.data):
-        networks.append(measure(subject, options))
+    for name, make in subjects(options.data).items():
+        networks.append(measure(name, make(), options))
         print(table(networks[-1:]), flush=True)
     report = {
         "environment": environment(torch.device("cpu")),
