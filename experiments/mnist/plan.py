@@ -155,8 +155,11 @@ class Plan:
             yield "AutoAttack at larger radii", larger
 
     def final_radii(self, spec: Spec) -> tuple[float, ...]:
-        """At which radii a final model is attacked: that it was trained with, and larger ones."""
+        """At which radii a final model is attacked: that it was trained with; at larger ones, too, without an attack in
+        training. How others fare at other radii, the curves of the diagnosis show, with fewer attacks."""
         own = measure.radius(spec, self.settings)
+        if spec.defense != "standard":
+            return (own,)
         return tuple(epsilon for epsilon in self.settings.epsilons if epsilon >= own)
 
     def any_choices(self) -> dict[Base, EMR]:
