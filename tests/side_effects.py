@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class Awkward(nn.Module):
-    """Writes to a buffer in every mode, draws random numbers, fails on request, and resets its own mode."""
+    """Writes to a buffer and replaces another in every mode, is random, fails on request, and resets its own mode."""
 
     def __init__(self, failure: BaseException | None = None, fail_at: int = 1) -> None:
         super().__init__()
@@ -20,10 +20,12 @@ class Awkward(nn.Module):
         self.dropout = nn.Dropout(0.5)
         self.last = nn.Linear(32, 10)
         self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("mean", torch.zeros(64))
         self.failure, self.fail_at = failure, fail_at
 
     def forward(self, x: Tensor) -> Tensor:
         self.calls += 1
+        self.mean = 0.9 * self.mean + 0.1 * x.detach().flatten(1).mean(0)
         if self.failure is not None and self.calls >= self.fail_at:
             self.train()
             raise self.failure
@@ -65,6 +67,7 @@ def trace(model: nn.Module) -> dict[str, object]:
         "requires_grad": [p.requires_grad for p in model.parameters()],
         "grad_identity": [id(p.grad) for p in model.parameters()],
         "grad_values": [None if p.grad is None else p.grad.tolist() for p in model.parameters()],
+        "buffer_identity": [id(b) for b in model.buffers()],
         "state": {name: value.tolist() for name, value in model.state_dict().items()},
         "rng": torch.get_rng_state().tolist(),
         "python_rng": random.getstate(),

@@ -15,15 +15,16 @@ def left_as_found(
 ) -> Iterator[None]:
     """The model in evaluation mode, parameters frozen; all as it was on leaving, also by an exception.
 
-    Restored are: each module's training flag, each parameter's requires_grad, each buffer (a model may write
-    into its buffers even in evaluation mode), and the global random state of the CPU and of `device`. Without
-    `evaluation` each module stays in its mode, and what it writes into its buffers stays written. Of a callable that is
-    no module nothing is known but the random state.
+    Restored are: each module's training flag, each parameter's requires_grad, each buffer (a model may write into its
+    buffers, or put others in their place, even in evaluation mode), and the global random state of the CPU and of
+    `device`. Without `evaluation` each module stays in its mode, and what it writes into its buffers stays written. Of
+    a callable that is no module nothing is known but the random state.
     """
     module = model if isinstance(model, nn.Module) else nn.Module()
     modes = [(part, part.training) for part in module.modules()]
     parameters = [(p, p.requires_grad) for p in module.parameters()]
-    buffers = [(b, b.detach().clone()) for b in module.buffers()] if evaluation else []
+    held = [(part, *entry) for part, _ in modes for entry in part.named_buffers(recurse=False)] if evaluation else []
+    buffers = [(part, name, b, b.detach().clone()) for part, name, b in held]
     cuda = [device] if device.type == "cuda" else []
     try:
         with torch.random.fork_rng(devices=cuda), torch.inference_mode(False), torch.enable_grad():
@@ -39,7 +40,9 @@ def left_as_found(
         for p, requires_grad in parameters:
             p.requires_grad_(requires_grad)
         with torch.no_grad():
-            for b, value in buffers:
+            for part, name, b, value in buffers:
+                if getattr(part, name, None) is not b:  # as after `self.mean = 0.9 * self.mean + 0.1 * x.mean()`
+                    setattr(part, name, b)
                 # By value: BatchNorm's update of its statistics does not count as a new version. And only
                 # where it changed: writing would invalidate a graph the caller has yet to differentiate.
                 if not torch.equal(b, value):
