@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
 
 from emr_training import attacks
 from emr_training.attacks import (
@@ -57,3 +61,23 @@ def exported() -> set[str]:
         for name, kind in found.items()
         if isinstance(kind, type) and issubclass(kind, Attack) and not inspect.isabstract(kind)
     }
+
+
+#: A short ensemble by name, for `short`.
+SHORT: dict[str, Attack] = {
+    "apgd-ce": APGD(EPSILON, steps=5),
+    "apgd-t": APGDT(EPSILON, steps=5, n_targets=3),
+    "fab-t": FABT(EPSILON, steps=5, n_targets=2),
+    "square": Square(EPSILON, queries=30),
+}
+
+
+def short(**options: Any) -> AutoAttack:
+    """An ensemble of seconds rather than minutes."""
+    return AutoAttack(eps=EPSILON, version="custom", attacks_to_run=SHORT, **{"verbose": False, **options})
+
+
+def correct(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """Which images are classified correctly, [N]."""
+    with torch.no_grad():
+        return model(x).argmax(1) == y

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from difflib import get_close_matches
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -11,14 +12,17 @@ from torch import Tensor
 
 def nearest(name: str, valid: list[str]) -> str:
     """A hint that names the valid option closest to `name`, or all of them when none is close."""
-    close = get_close_matches(name, valid, n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join(map(repr, valid))}"
+    by_lower_case = {option.lower(): option for option in valid}
+    close = get_close_matches(name.lower(), by_lower_case, n=1, cutoff=0.5)
+    return f"did you mean {by_lower_case[close[0]]!r}?" if close else f"expected one of {', '.join(map(repr, valid))}"
 
 
 def check_number(name: str, value: float, *, low: float = -math.inf, high: float = math.inf) -> None:
-    """Raise ValueError unless `value` is a finite number in [low, high]."""
+    """Raise TypeError or ValueError unless `value` is a finite number in [low, high]."""
+    expected = f"a number in [{low:g}, {high:g}]" if math.isfinite(high) else f"a finite number >= {low:g}"
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} is {value!r} of type {type(value).__name__}; expected {expected}")
     if not math.isfinite(value) or not low <= value <= high:
-        expected = f"a number in [{low:g}, {high:g}]" if math.isfinite(high) else f"a finite number >= {low:g}"
         raise ValueError(f"{name} is {value!r}; expected {expected}")
 
 
@@ -59,7 +63,8 @@ def check_images(x: Tensor, y: Tensor) -> None:
     low, high = (float(v) for v in torch.aminmax(x.detach()))
     if not (low >= 0.0 and high <= 1.0):
         raise ValueError(
-            f"x has values in [{low:g}, {high:g}]; expected [0, 1] (put input normalisation inside the model)"
+            # Nine digits tell the neighbours of 1 in float32 from 1.
+            f"x has values in [{low:.9g}, {high:.9g}]; expected [0, 1] (put input normalisation inside the model)"
         )
     if int(y.min()) < 0:
         raise ValueError(f"y has the label {int(y.min())}; expected class indices >= 0")
@@ -81,10 +86,12 @@ def check_targets(target: Tensor, y: Tensor) -> None:
 
 
 def check_logits(logits: Tensor, y: Tensor, target: Tensor | None = None) -> None:
-    """Raise ValueError unless `logits` is [N, C], C >= 2, without NaN, and labels and targets are below C."""
+    """Raise unless `logits` is floating [N, C], C >= 2, without NaN, and labels and targets are below C."""
     if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[0] != y.shape[0] or logits.shape[1] < 2:
         got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(f"the model's output is {got}; expected logits [{y.shape[0]}, C] with C >= 2 classes")
+    if not logits.is_floating_point():
+        raise TypeError(f"the model's output is of {logits.dtype}; expected logits of a floating-point dtype")
     if bool(logits.isnan().any()):
         raise ValueError("the model's output has NaN; expected numbers, as NaN logits count for no class")
     classes = logits.shape[1]

@@ -37,6 +37,7 @@ class Watched(nn.Module):
         (X + 1, Y, ValueError, r"x has values in .*; expected \[0, 1\]"),
         (-X, Y, ValueError, r"x has values in .*; expected \[0, 1\]"),
         (X * float("nan"), Y, ValueError, "x has values in"),
+        (torch.full_like(X, 1 + 1e-7), Y, ValueError, r"1\.00000012\]; expected \[0, 1\]"),
         (X.mul(255).to(torch.uint8), Y, TypeError, "x is of type torch.uint8; expected a floating-point"),
         (X.numpy(), Y, TypeError, "x is of type ndarray"),
         (X.flatten(), Y, ValueError, r"x has shape \[256\]"),
@@ -64,6 +65,9 @@ def test_bad_models(attack: Attack) -> None:
     broken.last.weight.data.fill_(torch.nan)
     with pytest.raises(ValueError, match="the model's output has NaN"):
         attack(broken, X, Y)
+    # An attack that begins with a gradient finds that there is none.
+    with pytest.raises((TypeError, ValueError), match=r"output is of torch.int64; expected logits|no gradient in x"):
+        attack(lambda x: x.flatten(1)[:, :10].long(), X, Y)
     with pytest.raises(TypeError, match=r"model is of type str; expected a callable that returns logits \[N, C\]"):
         attack("a model", X, Y)
 
@@ -115,6 +119,7 @@ def test_kl_has_no_targeted_form() -> None:
     ("options", "error", "message"),
     [
         ({"seed": -1}, ValueError, "seed is -1; expected an integer >= 0"),
+        ({"bn_mode": "Train"}, ValueError, "bn_mode is 'Train'; did you mean 'train'"),
         ({"bn_mode": "training"}, ValueError, "bn_mode is 'training'; did you mean 'train'"),
         ({"precision": "bf16"}, ValueError, "precision is 'bf16'; did you mean 'bfloat16'"),
         ({"engine": "jit"}, ValueError, "engine is 'jit'; expected one of 'auto', 'autograd'"),
@@ -135,6 +140,9 @@ def test_bad_balls(attack: BoundedAttack) -> None:
         replace(attack, epsilon=-0.1)
     with pytest.raises(ValueError, match="epsilon is nan"):
         replace(attack, epsilon=float("nan"))
+    for value in ("8/255", None, [0.1], torch.tensor(0.1), True):
+        with pytest.raises(TypeError, match=r"epsilon is .* of type \w+; expected a finite number >= 0"):
+            replace(attack, epsilon=value)
     with pytest.raises(ValueError, match="norm is 'inf'; did you mean 'Linf'"):
         replace(attack, norm="inf")
 

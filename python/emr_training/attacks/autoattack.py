@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from emr_training.attacks.balls import Ball, Norm
+from emr_training.attacks.balls import Ball, Norm, check_norm
 from emr_training.attacks.base import Attack, check_choice
 from emr_training.attacks.classifier import Classifier, Model
 from emr_training.attacks.evaluation import Evaluation
@@ -20,7 +20,7 @@ from emr_training.attacks.report import Report
 from emr_training.attacks.result import AutoAttackResult, summarize
 from emr_training.attacks.state import Saver, State, fingerprint
 from emr_training.attacks.suite import ORDERS, VERSIONS, Order, Version, suite
-from emr_training.errors import check_count, check_images
+from emr_training.errors import check_count, check_images, check_number
 from emr_training.guard import bare, left_as_found
 
 
@@ -74,7 +74,8 @@ class AutoAttack(Attack):
         if self.model is not None and not callable(self.model):
             kind = type(self.model).__name__
             raise TypeError(f"model is of type {kind}; expected a callable that returns logits [N, C]")
-        Ball(self.norm, self.eps)
+        check_number("eps", self.eps, low=0.0)
+        check_norm(self.norm)
         self.attacks()
 
     @property

@@ -14,10 +14,12 @@ from emr_training.attacks.flags import EvaluationWarning
 
 
 class Report:
-    """Prints lines and a progress bar if `verbose`, and appends the lines to the file `log_path`."""
+    """Prints lines and a progress bar if `verbose`, and appends the lines to the file `log_path`, its folder made."""
 
     def __init__(self, verbose: bool, log_path: str | Path | None = None, console: Console | None = None) -> None:
         self._verbose, self._log_path = verbose, log_path
+        if log_path is not None:
+            Path(log_path).parent.mkdir(parents=True, exist_ok=True)
         self._console = console or Console(highlight=False, soft_wrap=True)
         columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[status]}"))
         self._progress = Progress(

@@ -45,9 +45,13 @@ def suite(
         shared: settings that all attacks take: seed, bn_mode, precision, engine.
 
     Raises:
+        TypeError: for attacks that are neither a list of names nor a mapping.
         ValueError: for unknown names, attacks beside another version than "custom", none beside that, or an attack
             that is not within epsilon.
     """
+    several = isinstance(attacks, (Sequence, Mapping)) and not isinstance(attacks, str)
+    if not several or not all(isinstance(name, str) for name in attacks):
+        raise TypeError(f"attacks_to_run is {attacks!r}; expected a list of names, or a mapping of names to attacks")
     if (version == "custom") != bool(attacks):
         given = f"{list(attacks)!r} with version {version!r}"
         raise ValueError(f"attacks_to_run is {given}; expected names or attacks with version 'custom', none otherwise")
@@ -58,7 +62,7 @@ def suite(
     names = tuple(attacks) if attacks else ATTACKS[version]
     for name in names:
         if name not in NAMES:
-            raise ValueError(f"attacks_to_run has {name!r}; {nearest(str(name), list(NAMES))}")
+            raise ValueError(f"attacks_to_run has {name!r}; {nearest(name, list(NAMES))}")
     if order == "yield":
         quick = ("apgd-ce-10",) if version in ("standard", "plus") else ()
         names = tuple(name for name in YIELD if name in names + quick)
