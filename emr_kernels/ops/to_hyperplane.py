@@ -39,10 +39,12 @@ def _together(slope: torch.Tensor, room: torch.Tensor, needed: torch.Tensor, rat
         steepness = _inner(reach, (moved < room).to(room.dtype))
         missing = needed - _inner(slope, moved)
         ahead = torch.where((steepness > 0) & (missing > 0), t + missing / steepness, t)
-        if not bool((ahead > t).any()):
+        advances = ahead > t
+        if not bool(advances.any()):
             break
         t = ahead
-        moved = torch.minimum(t[:, None] * rate, room)
+        # The others stay: under L2 0 times an infinite weight is no number.
+        moved = torch.where(advances[:, None], torch.minimum(t[:, None] * rate, room), moved)
     within = _inner(slope, room) > needed
     return torch.where(within[:, None], moved, room)
 

@@ -96,6 +96,17 @@ def test_opcheck() -> None:
     torch.library.opcheck(torch.ops.emr.fold_patches.default, (torch.zeros(expected.shape), patches, 2, 2, 1, 1))
 
 
+def test_compile() -> None:
+    def function(patches: Tensor) -> Tensor:
+        images = torch.empty(2, 9, 12, 1)
+        ops.fold_patches(images, patches * 2, (2, 2), (1, 1))
+        return images + 1
+
+    patches, _ = vjp_of_convolution(2, *GEOMETRIES[0], torch.float32)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")(patches)
+    torch.testing.assert_close(compiled, function(patches))
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [

@@ -96,6 +96,16 @@ def test_the_operators_follow_their_schemas() -> None:
     torch.library.opcheck(torch.ops.emr.smooth_jvp_out.default, (u, x, v, "gelu", out))
 
 
+def test_compile() -> None:
+    def function(x: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        pulled = ops.smooth_vjp(v * 2, x, "gelu", out=torch.empty_like(v))
+        return pulled, *ops.smooth_jvp(u, x, pulled, "silu"), *ops.smooth_jvp(u, x, v, "gelu", out=torch.empty_like(u))
+
+    given = case((2, 3, 5, 4), torch.float32)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")(*given)
+    torch.testing.assert_close(compiled, function(*given))
+
+
 def test_bad_arguments() -> None:
     x = torch.zeros(2, 3)
     with pytest.raises(ValueError, match="kind is 'relu'; expected one of 'gelu', 'gelu_tanh', 'silu'"):

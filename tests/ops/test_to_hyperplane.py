@@ -67,8 +67,27 @@ def test_what_is_no_number_ends(norm: str) -> None:
     assert d.shape == (3, 3)
 
 
+@pytest.mark.parametrize("function", [ops.to_hyperplane, to_hyperplane_reference])
+def test_an_infinite_weight_takes_no_way_at_all(function: Any) -> None:
+    """Beside a row that takes several steps."""
+    w = torch.tensor([[torch.inf, 1.0, 0.0], [1.0, 3.0, 2.0]])
+    d, length = function(torch.full((2, 3), 0.5), w, torch.tensor([1.0, 2.5]), "l2")
+    assert not d[0].any() and length[0] == 0
+    torch.testing.assert_close((w[1] * d[1]).sum(), torch.tensor(-2.5))
+
+
 def test_opcheck() -> None:
     torch.library.opcheck(torch.ops.emr.to_hyperplane.default, (*problems(4, 5, torch.float32), "l2"))
+
+
+def test_compile() -> None:
+    def function(x: Tensor, w: Tensor, gap: Tensor) -> Tensor:
+        d, length = ops.to_hyperplane(x / 2, w, gap, "l2")
+        return d * length[:, None]
+
+    given = problems(4, 5, torch.float32)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")(*given)
+    torch.testing.assert_close(compiled, function(*given))
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,18 @@ def test_opcheck(chosen: bool) -> None:
     )
 
 
+def test_compile() -> None:
+    def function(images: Tensor, rows: Tensor, top: Tensor, left: Tensor, chosen: Tensor) -> Tensor:
+        doubled = 2 * images
+        windows = ops.read_windows(doubled, rows, top, left, HEIGHT, WIDTH)
+        ops.write_windows(doubled, rows, top, left, windows + 1, chosen)
+        return doubled
+
+    given = torch.randn(COUNT, 7, 9, 2), *where(), torch.rand(COUNT) > 0.5
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")(*given)
+    assert torch.equal(compiled, function(*given))
+
+
 @pytest.mark.usefixtures("both")
 @pytest.mark.parametrize(("name", "value"), [("rows", COUNT), ("rows", -1), ("top", 6), ("left", 7), ("left", -1)])
 def test_windows_outside_are_refused(name: str, value: int) -> None:
