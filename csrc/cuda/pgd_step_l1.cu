@@ -135,6 +135,7 @@ __global__ void __launch_bounds__(kMostThreads, 1) l1_kernel(const StepArguments
 }  // namespace
 
 void launch_l1(const Tensor& x, const Tensor& gradient, const StepArguments& s, cudaStream_t stream) {
+  STD_TORCH_CHECK(s.size <= std::numeric_limits<int32_t>::max(), "a sample too large for the counts of one block");
   by_dtypes(x, gradient, [&](auto* px, auto* pg) {
     using X = std::remove_pointer_t<decltype(px)>;
     using G = std::remove_pointer_t<decltype(pg)>;
