@@ -10,12 +10,14 @@ import torch
 from scipy.optimize import linprog, minimize
 from torch import Tensor, nn
 
+import emr_kernels
 from emr_training.attacks import FAB, FABT
 from emr_training.attacks.balls import NORMS, distance
 from emr_training.attacks.classifier import Classifier
 from emr_training.attacks.hyperplanes import to_hyperplane
 from emr_training.attacks.problem import Problem
 from emr_training.data import Data
+from linear_models import images, one_region
 
 RADII = {"Linf": 0.08, "L2": 0.5, "L1": 1.5}
 ORDERS = {"Linf": torch.inf, "L2": 2, "L1": 1}
@@ -102,6 +104,17 @@ def test_exact_distance_on_a_linear_model(norm: str, kind: type[FAB]) -> None:
     assert correct(model, x_adv, y) == 0
     # Beyond the boundary by the overshoot of the last step at most: 5% of the 10% that the step before went back.
     assert (found >= exact).all() and (found <= 1.01 * exact).all()
+
+
+@pytest.mark.parametrize(("norm", "dual"), [("Linf", 1), ("L2", 2)])
+@pytest.mark.parametrize("kind", [FAB, FABT])
+def test_exact_distance_in_one_region(norm: str, dual: int, kind: type[FAB]) -> None:
+    model = one_region(4)
+    x, y = images(model, least=0.02)
+    exact = emr_kernels.effective_margins(model, x, y, ord=dual)
+    x_adv = kind(norm=norm)(model, x, y)
+    assert correct(model, x_adv, y) == 0
+    torch.testing.assert_close(distance(norm, x_adv, x).float(), exact, rtol=0.01, atol=0)
 
 
 @pytest.mark.parametrize("norm", NORMS)
