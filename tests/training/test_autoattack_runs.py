@@ -175,6 +175,11 @@ def test_refuses_a_state_of_something_else(net: nn.Module, robust_net: nn.Module
     with pytest.raises(ValueError, match="evaluation with another settings"):
         replace(attack, seed=1).run(net, batch.x, batch.y, state_path=path)
     assert path.read_bytes() == before
+    elsewhere = tmp_path / "callable.state"
+    attack.run(lambda x: net(x), batch.x, batch.y, state_path=elsewhere)
+    attack.run(lambda x: net(x), batch.x, batch.y, state_path=elsewhere)
+    with pytest.raises(ValueError, match=r"evaluation with another model.*the logits of the first images differ"):
+        attack.run(lambda x: robust_net(x), batch.x, batch.y, state_path=elsewhere)
     path.write_text("{}")
     with pytest.raises(ValueError, match="is not the state of an evaluation"):
         attack.run(net, batch.x, batch.y, state_path=path)

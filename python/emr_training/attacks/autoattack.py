@@ -162,7 +162,11 @@ class AutoAttack(Attack):
             saver = Saver(path, belongs_to)
             run = self._evaluation(classifier, x, y, report, saver, self.seed, device)
             report.line(f"using {self.version} version including {', '.join(self.attacks())}.")
-            state = run.begin() if restored is None else restored
+            if restored is None:
+                state = run.begin()
+            else:
+                run.recognise(restored)
+                state = restored
             clean = summarize(state, settings).clean_accuracy
             report.line(f"initial accuracy: {clean:.2%}")
             if restored is not None:

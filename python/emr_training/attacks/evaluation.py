@@ -17,9 +17,12 @@ from emr_training.attacks.classifier import Classifier
 from emr_training.attacks.problem import Problem
 from emr_training.attacks.report import Report
 from emr_training.attacks.square import Square
-from emr_training.attacks.state import ROBUST, WRONG, Record, Saver, State
+from emr_training.attacks.state import ROBUST, WRONG, Record, Saver, State, foreign
 from emr_training.attacks.suite import for_classes
 from emr_training.errors import check_logits
+
+#: So many images' logits tell one model from another.
+_PROBED = 16
 
 
 class Evaluation:
@@ -64,7 +67,24 @@ class Evaluation:
         classes = torch.cat(predicted)
         broken_by = torch.where(classes == self._y.cpu(), ROBUST, WRONG)
         records = [Record(name) for name in self._attacks]
-        return State(broken_by, classes, torch.zeros_like(broken_by, dtype=torch.bool), self._x.clone(), records)
+        tried = torch.zeros_like(broken_by, dtype=torch.bool)
+        return State(broken_by, classes, tried, self._x.clone(), records, self._probe())
+
+    def recognise(self, state: State) -> None:
+        """Raise ValueError unless the model gives the logits that are in a restored state.
+
+        Of a plain callable there are no parameters to compare.
+        """
+        there, here = state.probe, self._probe()
+        # Another batch size, device or library rounds otherwise.
+        tolerance = 0.01 * float(there.nan_to_num(0.0, 0.0, 0.0).abs().max())
+        if there.shape != here.shape or not torch.allclose(here, there, rtol=0, atol=tolerance, equal_nan=True):
+            raise foreign(self._saver.path, "model", ": the logits of the first images differ")
+
+    def _probe(self) -> Tensor:
+        self._seed_model(self._seed)
+        x, _ = self._batch(torch.arange(min(len(self._y), _PROBED)))
+        return self._classifier.plain_logits(x).double().cpu()
 
     def run(self, state: State, *, check: bool) -> None:
         """Run what is left to run; `check`: look for signs of a faulty evaluation, too."""

@@ -32,6 +32,14 @@ def fingerprint(model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, setting
     return {"data": digest([x, y]), "model": digest(parts), "settings": "\n".join(settings)}
 
 
+def foreign(path: Path | None, part: str, detail: str = "") -> ValueError:
+    """The error for a state in whose evaluation a `part` was another one."""
+    return ValueError(
+        f"state_path is {str(path)!r}, the state of an evaluation with another {part}; expected the {part} of this "
+        f"one. Delete the file, or choose another path, to start anew{detail}"
+    )
+
+
 @dataclass
 class Record:
     """What one attack has done: images attacked and broken, images run forward and backward, seconds, when it ended."""
@@ -53,6 +61,7 @@ class State:
     predicted: [N], the class at the adversarial example.
     tried: [N], whether the attack that is running has had the image.
     x_adv: like the images; an image itself until it is broken.
+    probe: logits of the first images, float64, by which the model is recognised.
     checked: whether the signs of a faulty evaluation have been looked for.
     """
 
@@ -61,6 +70,7 @@ class State:
     tried: Tensor
     x_adv: Tensor
     records: list[Record]
+    probe: Tensor
     warnings: list[str] = field(default_factory=list)
     checked: bool = False
 
@@ -79,6 +89,7 @@ class State:
             "tried": self.tried,
             "changed": self.x_adv[changed].cpu(),
             "records": [vars(record) for record in self.records],
+            "probe": self.probe,
             "warnings": self.warnings,
             "checked": self.checked,
         }
@@ -99,7 +110,7 @@ class State:
         """
         try:
             content: dict[str, Any] = torch.load(path, weights_only=True)
-            found = content["belongs_to"]
+            found, probe = content["belongs_to"], content["probe"]
         except Exception as error:
             raise ValueError(
                 f"state_path is {str(path)!r}, which is not the state of an evaluation ({type(error).__name__}: "
@@ -108,10 +119,7 @@ class State:
         for part, value in belongs_to.items():
             if found.get(part) != value:
                 known = f"\nthere: {found.get(part)}\nhere:  {value}" if part == "settings" else ""
-                raise ValueError(
-                    f"state_path is {str(path)!r}, the state of an evaluation with another {part}; expected the "
-                    f"{part} of this one. Delete the file, or choose another path, to start anew{known}"
-                )
+                raise foreign(path, part, known)
         x_adv = x.clone()
         x_adv[(content["broken_by"] >= 0).to(x.device)] = content["changed"].to(x.device)
         records = [Record(**record) for record in content["records"]]
@@ -121,6 +129,7 @@ class State:
             content["tried"],
             x_adv,
             records,
+            probe,
             content["warnings"],
             content["checked"],
         )
