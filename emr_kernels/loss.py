@@ -160,7 +160,8 @@ class EMRLoss(nn.Module):
         # Without weight in the loss the penalty is still reported, but needs no gradient.
         differentiated = torch.is_grad_enabled() and self.strength > 0
         shared = self.penalty.with_logits(engine, x, y) if differentiated and self.share_forward else None
-        logits = self.model(x) if shared is None else shared[0]
+        # A copy: the model may write into its input, and the penalty is taken at x.
+        logits = self.model(x.clone()) if shared is None else shared[0]
         check_logits(logits, x.shape[0])
         base = F.cross_entropy(logits, y) if base_loss is None else base_loss(logits, y)
         if not isinstance(base, torch.Tensor) or base.dim() != 0:

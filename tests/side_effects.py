@@ -52,6 +52,17 @@ class Plain(nn.Module):
         return self.last(torch.relu(self.frozen_norm(self.norm(self.first(x)))).flatten(1))
 
 
+class Normalising(nn.Module):
+    """The classifier behind a normalisation of its input, in place or not."""
+
+    def __init__(self, inner: nn.Module, in_place: bool) -> None:
+        super().__init__()
+        self.inner, self.in_place = inner, in_place
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x.sub_(0.1).mul_(1.2) if self.in_place else (x - 0.1) * 1.2)
+
+
 def in_training(model: Awkward | Plain) -> None:
     """As in the middle of fine-tuning: one BatchNorm frozen by its mode, a bias by its flag, one gradient there."""
     model.train()

@@ -49,6 +49,11 @@ def left_as_found(
                     b.copy_(value)
 
 
+def logits_of(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """model(x), x left as it is: models normalise what they are given in place, and x is used again."""
+    return model(x.clone())
+
+
 def bare(model: nn.Module) -> nn.Module:
     """The model inside Fabric's and DistributedDataParallel's wrappers, for passes beside the training step.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from emr_kernels import EffectiveWeightPenalty, EMRLoss
+from side_effects import Normalising
 
 EITHER = (ValueError, TypeError)
 
@@ -200,3 +202,14 @@ def test_base_loss_must_return_a_scalar() -> None:
     criterion = EMRLoss(net(), base_loss=nn.CrossEntropyLoss(reduction="none"))
     with pytest.raises(EITHER, match=r"(?s)base_loss.*3"):
         criterion(*good())
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_models_that_write_into_their_input(training: bool) -> None:
+    inner = net().train(training)
+    x, y = good()
+    given = x.clone()
+    models = [Normalising(copy.deepcopy(inner), in_place) for in_place in (True, False)]
+    found, expected = (EMRLoss(model, temperature=1.0)(x, y) for model in models)
+    torch.testing.assert_close(found, expected)
+    assert torch.equal(x, given)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from attack_cases import ATTACKS, BY_GRADIENT, EPSILON, TARGETED
 from emr_training.attacks import FGSM, PGD, Attack, AutoAttack, BoundedAttack, Square
 from emr_training.data import Data
+from side_effects import Normalising
 
 every_attack = pytest.mark.parametrize("attack", ATTACKS.values(), ids=ATTACKS)
 every_targeted = pytest.mark.parametrize("attack", TARGETED.values(), ids=TARGETED)
@@ -157,6 +158,16 @@ def test_a_plain_callable_is_attacked_through_autograd(net: nn.Module, batch: Da
     assert all(p.grad is grad for p, grad in zip(net.parameters(), grads, strict=True))
     with torch.no_grad():
         assert (net(found).argmax(1) == batch.y).sum() < (net(batch.x).argmax(1) == batch.y).sum()
+
+
+@every_attack
+@pytest.mark.parametrize("engine", ["auto", "autograd"])
+def test_models_that_write_into_their_input(net: nn.Module, batch: Data, attack: Attack, engine: str) -> None:
+    x, y = batch.x[:8].clone(), batch.y[:8]
+    attack = replace(attack, engine=engine)
+    expected = attack(Normalising(net, in_place=False), x, y)
+    assert torch.equal(attack(Normalising(net, in_place=True), x, y), expected)
+    assert torch.equal(x, batch.x[:8])
 
 
 @pytest.mark.parametrize("attack", BY_GRADIENT.values(), ids=BY_GRADIENT)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -12,9 +14,10 @@ from torch.nn import functional as F
 from emr_training.attacks import PGD
 from emr_training.config import make_config
 from emr_training.data import Data
-from emr_training.defenses import PGDAT, Standard
+from emr_training.defenses import MART, PGDAT, TRADES, Defense, Standard
 from emr_training.penalties import EMR
 from emr_training.training import make_defense, make_penalties
+from side_effects import Normalising
 
 
 class Recorder:
@@ -82,6 +85,19 @@ def test_strength_zero_costs_nothing_and_may_change_between_steps(net: nn.Module
     assert not recorder.seen
     recorder.strength = 1.0
     assert list(defense(net, batch.x, batch.y).terms) == ["cross_entropy", "recorder"]
+
+
+@pytest.mark.parametrize(
+    "defense", [Standard, partial(PGDAT, PGD(0.1, 3)), partial(TRADES, PGD(0.1, 3)), partial(MART, PGD(0.1, 3))]
+)
+def test_models_that_write_into_their_input(net: nn.Module, batch: Data, defense: Callable[..., Defense]) -> None:
+    totals = []
+    for in_place in (False, True):
+        model, recorder = Normalising(net, in_place), Recorder(1.0)
+        x = batch.x.clone()
+        totals.append(defense(penalties=[EMR(model, 1.0, 1.0), recorder])(model, x, batch.y).total)
+        assert torch.equal(x, batch.x)
+    torch.testing.assert_close(totals[0], totals[1])
 
 
 def test_penalties_need_names_of_their_own(net: nn.Module, batch: Data) -> None:

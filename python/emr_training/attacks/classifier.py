@@ -15,6 +15,7 @@ from emr_kernels.linearize.program import Program
 from emr_kernels.linearize.sharing import hooked
 from emr_kernels.linearize.wrappers import unwrap
 from emr_training.attacks.incremental import Incremental
+from emr_training.guard import logits_of
 
 Model = Callable[[Tensor], Tensor]
 Engine = Literal["auto", "autograd"]
@@ -170,7 +171,7 @@ class Classifier:
                     return LinearizedPoint.at(program, unwrap(self.model), x)  # type: ignore[arg-type]
             point = x.detach().requires_grad_()
             with torch.enable_grad():
-                logits = self.model(point)
+                logits = logits_of(self.model, point)
         if isinstance(logits, Tensor) and not logits.requires_grad:
             raise ValueError(
                 "the model's logits have no gradient in x (it is detached, or made by an operator without one); "
@@ -189,10 +190,10 @@ class Classifier:
             program = self.program(x) if self._programs and x.shape[0] > 1 else None
             if program is not None:
                 return LinearizedPoint.at(program, unwrap(self.model), x).logits  # type: ignore[arg-type]
-            return self.model(x)
+            return logits_of(self.model, x)
 
     def plain_logits(self, x: Tensor) -> Tensor:
         """Logits [N, C] of the model itself, without autocast: what a success is judged by."""
         self.forwards += x.shape[0]
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            return self.model(x)
+            return logits_of(self.model, x)

@@ -13,7 +13,7 @@ from emr_training.attacks import Attack
 from emr_training.defenses.base import Defense, Losses, with_penalties
 from emr_training.defenses.mail import MAIL, weighting
 from emr_training.errors import check_number
-from emr_training.guard import bare
+from emr_training.guard import bare, logits_of
 from emr_training.penalties import Penalty
 
 
@@ -38,8 +38,8 @@ class MART(Defense):
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> Losses:
         """Loss terms for images x [N, ...] in [0, 1] and labels y [N] (int64); the logits are the adversarial ones."""
         x_adv = self.attack(bare(model), x, y, generator=generator)
-        clean = model(x)
-        logits = model(x_adv)
+        clean = logits_of(model, x)
+        logits = logits_of(model, x_adv)
         options = weighting(self.mail, logits, y)
         loss = robust_loss(logits, clean, y, kind="mart", beta=self.beta, **options)
         return Losses(with_penalties({"mart": loss.mean()}, self.penalties, x_adv, y), logits)

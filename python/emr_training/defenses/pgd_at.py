@@ -12,7 +12,7 @@ from emr_training.attacks import Attack
 from emr_training.defenses.base import Defense, Losses, cross_entropy, likeliest, with_penalties
 from emr_training.defenses.mail import MAIL, weighting
 from emr_training.errors import check_number, check_smoothing
-from emr_training.guard import bare
+from emr_training.guard import bare, logits_of
 from emr_training.penalties import Penalty
 
 
@@ -46,8 +46,8 @@ class PGDAT(Defense):
         x_adv = self.attack(bare(model), x, likeliest(y), generator=generator)
         if self.clean_forward:
             with torch.no_grad():
-                bare(model)(x)
-        logits = model(x_adv)
+                logits_of(bare(model), x)
+        logits = logits_of(model, x_adv)
         options = {"logit_margin": self.logit_margin, "smoothing": self.smoothing}
         loss = cross_entropy(logits, y, **options, **weighting(self.mail, logits, y))
         return Losses(with_penalties({"cross_entropy": loss.mean()}, self.penalties, x_adv, y), logits)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from emr_training.defenses.base import Defense, Losses, cross_entropy, with_penalties
 from emr_training.errors import check_number, check_smoothing
+from emr_training.guard import logits_of
 from emr_training.penalties import Penalty
 
 
@@ -31,7 +32,7 @@ class Standard(Defense):
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> Losses:
         """Loss terms for images x [N, ...] and labels y [N] (int64) or [N, C]."""
-        logits = model(x)
+        logits = logits_of(model, x)
         loss = cross_entropy(logits, y, logit_margin=self.logit_margin, smoothing=self.smoothing)
         terms = {"cross_entropy": loss.mean()}
         return Losses(with_penalties(terms, self.penalties, x, y), logits)

@@ -13,7 +13,7 @@ from emr_training.attacks import Attack
 from emr_training.defenses.base import Defense, Losses, cross_entropy, likeliest, with_penalties
 from emr_training.defenses.mail import MAIL, weighting
 from emr_training.errors import check_count, check_number, check_smoothing
-from emr_training.guard import bare
+from emr_training.guard import bare, logits_of
 from emr_training.penalties import Penalty
 
 
@@ -54,9 +54,9 @@ class TRADES(Defense):
         """Loss terms for images x [N, ...] in [0, 1] and labels y [N] (int64) or [N, C]; the logits are the clean."""
         label = likeliest(y)
         x_adv = self.attack(bare(model), x, label, generator=generator)
-        logits = model(x)
-        adversarial = model(x_adv)
-        clean = model(x) if self.clean_forwards == 2 else logits
+        logits = logits_of(model, x)
+        adversarial = logits_of(model, x_adv)
+        clean = logits_of(model, x) if self.clean_forwards == 2 else logits
         divergence = robust_loss(adversarial, clean, label, kind="kl", **weighting(self.mail, adversarial, y))
         loss = cross_entropy(logits, y, logit_margin=self.logit_margin, smoothing=self.smoothing)
         terms = {

@@ -12,7 +12,7 @@ from torch import nn
 from emr_training.attacks import PGD, Attack
 from emr_training.data import Data
 from emr_training.errors import check_logits
-from emr_training.guard import left_as_found
+from emr_training.guard import left_as_found, logits_of
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,6 @@ def parts(data: Data, batch_size: int) -> Iterator[Data]:
 
 def _correct(model: nn.Module, data: Data) -> int:
     with left_as_found(model, data.x.device), torch.no_grad():
-        logits = model(data.x)
+        logits = logits_of(model, data.x)
     check_logits(logits, data.y)
     return int((logits.argmax(1) == data.y).sum())

@@ -22,7 +22,7 @@ from emr_training.evaluation.accuracy import parts
 from emr_training.evaluation.names import UNBOUNDED, epsilon_text, settings_of
 from emr_training.evaluation.result import AttackResult, Margins
 from emr_training.evaluation.settings import Settings
-from emr_training.guard import left_as_found
+from emr_training.guard import left_as_found, logits_of
 
 NORM_TEMPERATURE = 1.0
 _DUAL = {"Linf": 1.0, "L2": 2.0, "L1": float("inf")}
@@ -140,7 +140,7 @@ class Measure:
     def _logits(self, x: Tensor, y: Tensor) -> Tensor:
         """The model's own logits [N, C], without autocast."""
         with left_as_found(self._model, x.device), torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            logits = self._model(x)
+            logits = logits_of(self._model, x)
         check_logits(logits, y)
         record(len(x), 0)
         return logits

@@ -14,11 +14,12 @@ from emr_kernels.slope import loss_slopes
 from emr_training.attacks.balls import Ball
 from emr_training.attacks.base import check_choice, per_row
 from emr_training.errors import check_count, check_number
-from emr_training.guard import left_as_found
+from emr_training.guard import left_as_found, logits_of
 
 
 def _losses(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    return F.cross_entropy(model(x).float() if x.dtype.itemsize < 4 else model(x), y, reduction="none")
+    logits = logits_of(model, x)
+    return F.cross_entropy(logits.float() if x.dtype.itemsize < 4 else logits, y, reduction="none")
 
 
 @dataclass
