@@ -27,7 +27,7 @@ import torchattacks  # type: ignore[import-not-found]
 from torch import Tensor, nn
 
 from benchmarks.measure import environment, write_json
-from benchmarks.subjects import Subject, Subjects, accuracy, digits_subjects, read_mnist
+from benchmarks.subjects import Subject, Subjects, accuracy, digits_subjects, mnist
 from emr_training.attacks import PGD, CarliniWagner, DeepFool
 from emr_training.attacks.balls import Norm, distance
 from emr_training.config import make_config
@@ -46,15 +46,17 @@ def subjects(data: Path | None) -> Subjects:
         return found
 
     def make(name: str, folder: Path) -> Subject:
-        training, test = read_mnist(folder, "train", 6_000), read_mnist(folder, "t10k", 300)
+        training, test = mnist(folder, 6_000, 300)
         recipe = {"standard": {}, "AT": {"defense": "at", "attack.epsilon": 0.2}}[name]
         settings = {"model": "cnn", "optimizer.learning_rate": 0.05, "trainer.epochs": 3, **recipe}
         model = train(make_config(settings), training, None, 10).model
         standard = name == "standard"
         return Subject(model.eval(), test, {"Linf": 0.08 if standard else 0.2, "L2": 1.0 if standard else 1.5})
 
-    mnist = {f"MNIST, {name}": (lambda name=name: make(name, data / "mnist")) for name in ("standard", "AT")}
-    return {**found, **mnist}
+    return {
+        **found,
+        **{f"MNIST, {name}": (lambda name=name: make(name, data / "mnist")) for name in ("standard", "AT")},
+    }
 
 
 def by_foolbox(attack: Any, epsilon: float | None = None) -> Found:

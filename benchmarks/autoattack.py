@@ -13,7 +13,6 @@ less.
 from __future__ import annotations
 
 import argparse
-import gzip
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -28,30 +27,22 @@ from benchmarks.measure import environment, synchronize, write_json
 from benchmarks.throughput.tables import autoattack_table, print_tables
 from emr_training.attacks import PGD, AutoAttack, AutoAttackResult
 from emr_training.data import load_digits
+from emr_training.data.idx import load_idx
+from emr_training.data.splits import as_floats
 from emr_training.models.cnn import SmallCNN
 
 Images = tuple[Tensor, Tensor]
 Contender = Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, AutoAttackResult | None]]
 
 
-def read_idx(folder: Path, part: str) -> Images:
-    """Images [N, 1, 28, 28] in [0, 1] and labels of MNIST's "train" or "t10k"."""
-
-    def content(name: str) -> bytes:
-        packed = folder / f"{name}.gz"
-        return gzip.decompress(packed.read_bytes()) if packed.exists() else (folder / name).read_bytes()
-
-    pixels = torch.frombuffer(bytearray(content(f"{part}-images-idx3-ubyte")), dtype=torch.uint8, offset=16)
-    labels = torch.frombuffer(bytearray(content(f"{part}-labels-idx1-ubyte")), dtype=torch.uint8, offset=8)
-    return pixels.view(-1, 1, 28, 28) / 255, labels.long()
-
-
 def images(folder: Path | None) -> tuple[Images, Images]:
     """Training and test images."""
     if folder is not None:
-        return read_idx(folder, "train"), read_idx(folder, "t10k")
-    splits = load_digits(0)
-    return (splits.train.x, splits.train.y), (splits.test.x, splits.test.y)
+        train, test = load_idx("mnist", folder)
+    else:
+        splits = load_digits(0)
+        train, test = splits.train, splits.test
+    return (as_floats(train.x), train.y), (as_floats(test.x), test.y)
 
 
 def trained(data: Images, epsilon: float, steps: int, device: torch.device) -> nn.Module:

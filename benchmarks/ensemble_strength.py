@@ -25,7 +25,7 @@ from pyautoattack import AutoAttack as Original  # type: ignore[import-not-found
 from torch import Tensor, nn
 
 from benchmarks.measure import environment, write_json
-from benchmarks.subjects import Subject, Subjects, accuracy, digits_subjects, read_mnist
+from benchmarks.subjects import Subject, Subjects, accuracy, digits_subjects, mnist
 from emr_training.attacks import AutoAttack
 from emr_training.config import make_config
 from emr_training.training import train
@@ -62,8 +62,8 @@ def subjects(data: Path | None) -> Subjects:
                 **_RECIPES[name],
             }
         )
-        model = train(config, read_mnist(folder, "train", 10_000), None, 10).model
-        return Subject(model.eval(), read_mnist(folder, "t10k", 10_000), {"Linf": EPSILON})
+        training, test = mnist(folder, 10_000, 10_000)
+        return Subject(train(config, training, None, 10).model.eval(), test, {"Linf": EPSILON})
 
     return {**found, **{f"MNIST, {name}": (lambda name=name: make(name, data / "mnist")) for name in _RECIPES}}
 

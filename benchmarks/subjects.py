@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import gzip
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from emr_training.attacks.balls import Norm
 from emr_training.config import make_config
 from emr_training.data import Data, load_digits
+from emr_training.data.idx import load_idx
+from emr_training.data.splits import as_floats
 from emr_training.training import train
 
 _DIGITS: dict[str, dict[str, Any]] = {
@@ -37,14 +37,14 @@ class Subject:
 Subjects = dict[str, Callable[[], Subject]]
 
 
-def read_mnist(folder: Path, part: str, count: int) -> Data:
-    """The first `count` images of MNIST's "train" or "t10k"."""
-    with gzip.open(folder / f"{part}-images-idx3-ubyte.gz") as file:
-        pixels = np.frombuffer(file.read(16 + count * 784), np.uint8, offset=16)
-    with gzip.open(folder / f"{part}-labels-idx1-ubyte.gz") as file:
-        labels = np.frombuffer(file.read(8 + count), np.uint8, offset=8)
-    x = torch.from_numpy(pixels.reshape(-1, 1, 28, 28).astype(np.float32) / 255)
-    return Data(x, torch.from_numpy(labels.astype(np.int64)))
+def mnist(folder: Path, training: int, test: int) -> tuple[Data, Data]:
+    """The first so many of MNIST's training and test images, in [0, 1], from its four files in `folder`."""
+    train_data, test_data = load_idx("mnist", folder)
+    return _first(train_data, training), _first(test_data, test)
+
+
+def _first(data: Data, count: int) -> Data:
+    return Data(as_floats(data.x[:count]), data.y[:count])
 
 
 def digits_subjects() -> Subjects:
