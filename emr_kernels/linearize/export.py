@@ -5,8 +5,8 @@ from __future__ import annotations
 import inspect
 import sys
 import warnings
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 from warnings import catch_warnings
 
@@ -15,6 +15,7 @@ from torch import nn
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx import Node as FxNode
+from torch.nn.modules import module as global_hooks
 
 from emr_kernels.linearize.graph import Binding, Graph, Node, Ref, flatten
 from emr_kernels.linearize.wrappers import evaluation_mode, plain_kernels, untouched
@@ -60,7 +61,7 @@ def _export(model: nn.Module, example: torch.Tensor) -> ExportedProgram:
     # An input that carries gradient history would be exported as such; the graph does not need it.
     example = example.detach()
     device = example.device.type
-    with untouched(model), plain_kernels(device), torch.enable_grad(), catch_warnings():
+    with untouched(model), plain_kernels(device), torch.enable_grad(), catch_warnings(), _own_buffer_hooks():
         warnings.simplefilter("ignore")
         for dynamic_shapes in attempts:
             try:
@@ -73,6 +74,18 @@ def _export(model: nn.Module, example: torch.Tensor) -> ExportedProgram:
     raise UnsupportedModelError(
         f"torch.export failed: {type(error).__name__}: {message[0] if message else ''}"
     ) from error
+
+
+@contextmanager
+def _own_buffer_hooks() -> Iterator[None]:
+    """torch 2.11 leaves a hook on the buffers of every module of the process where an export fails."""
+    hooks = global_hooks._global_buffer_registration_hooks
+    before = set(hooks)
+    try:
+        yield
+    finally:
+        for key in hooks.keys() - before:
+            del hooks[key]
 
 
 def _named(model: nn.Module, dynamic_shapes: tuple[Any, ...]) -> Any:

@@ -20,7 +20,7 @@ from emr_kernels.linearize.program import Program
 from emr_kernels.linearize.verify import gradient_mismatch
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_GLOBAL_HOOKS = tuple(name for name in vars(global_hooks) if name.startswith("_global_") and name.endswith("_hooks"))
+_GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
 _DROPOUTS = (torch.ops.aten.dropout.default, torch.ops.aten.feature_dropout.default)
 
 

@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import zoo
 from emr_kernels import EffectiveWeightPenalty, linearize
+from emr_kernels.linearize.export import UnsupportedModelError, export_graph
 from oracle import assert_gradients_match, double_backward, evaluation_mode
 from zoo import ENTRIES, Entry
 
@@ -223,3 +224,18 @@ def test_pools_of_any_shape(
         nn.Flatten(),
     ).double()
     check(model, torch.rand(batch, 2, *[size] * rank, dtype=torch.float64))
+
+
+def test_a_failed_export_leaves_no_hook_in_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch 2.11 leaves one, and with it every later forward would count as hooked."""
+
+    def export(*arguments: object, **options: object) -> None:
+        nn.modules.module.register_module_buffer_registration_hook(lambda module, name, buffer: None)
+        raise RuntimeError("no")
+
+    hooks = nn.modules.module._global_buffer_registration_hooks
+    before = dict(hooks)
+    monkeypatch.setattr(torch.export, "export", export)
+    with pytest.raises(UnsupportedModelError, match="RuntimeError: no"):
+        export_graph(nn.Linear(3, 2), torch.rand(4, 3))
+    assert hooks == before

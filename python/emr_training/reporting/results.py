@@ -24,6 +24,7 @@ def environment() -> dict[str, Any]:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             versions[package] = "not installed"
+    versions["torch"] = torch.__version__  # with the build, which the package's metadata may leave out
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
