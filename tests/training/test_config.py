@@ -44,6 +44,12 @@ from emr_training.config.presets import preset, presets
             "defense.logit_margin is given with data.augm",
         ),
         ({"data.extra_fraction": 0.5}, "data.extra_fraction is given without data.extra; expected a file"),
+        ({"data.extra": "more.npz"}, "data.extra is given, data.extra_fraction is 0; expected the share"),
+        ({"defense": {"name": "mart", "smoothing": 0.1}}, "defense: smoothing is 0.1 with mart; expected 0"),
+        ({"defense": {"name": "mart", "logit_margin": 2.0}}, "defense: logit_margin is 2.0 with mart; expected 0"),
+        ({"epsilon": 0.3}, "unknown option 'epsilon'; did you mean 'attack.epsilon'?"),
+        ({"penalties.emr": True}, "penalties.emr is True; expected its options, as in penalties.emr.strength=..."),
+        ({"penalties": "emr"}, "penalties is 'emr'; expected its options, as in penalties.emr.strength=..."),
     ],
 )
 def test_a_fault_names_itself_and_the_expectation(options: dict, message: str) -> None:

@@ -238,6 +238,28 @@ def test_what_data_and_devices_rule_out(splits: Splits, options: dict[str, Any],
     assert str(caught.value).startswith(message)
 
 
+def test_a_device_that_is_not_there(splits: Splits, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(ConfigError, match=r"trainer.device is cuda, which this PyTorch does not find here"):
+        train(make_config({"trainer.device": "cuda"}), splits.train, None, 10)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    with pytest.raises(ConfigError, match=r"trainer.devices is 4; expected at most 2, the GPUs of this machine"):
+        train(make_config({"trainer.devices": 4}), splits.train, None, 10)
+
+
+def test_labels_that_are_no_class(splits: Splits, tmp_path: Path) -> None:
+    """Found before anything of an earlier run is touched."""
+    (tmp_path / "best.pt").write_text("earlier")
+    config = make_config({"data.extra": "more.npz", "data.extra_fraction": 0.5})
+    more = Data(splits.train.x, splits.train.y + 2)
+    with pytest.raises(ConfigError, match=r"data.extra has labels from 2 to 11; expected 0 to 9, the 10 classes"):
+        train(config, splits.train, None, 10, extra=more, output=tmp_path)
+    with pytest.raises(ConfigError, match=r"^data has labels from 0 to 9; expected 0 to 4"):
+        train(make_config({}), splits.train, None, 5, output=tmp_path)
+    assert (tmp_path / "best.pt").read_text() == "earlier"
+
+
 def test_batch_larger_than_the_data(splits: Splits) -> None:
     with pytest.raises(ConfigError, match=r"trainer.batch_size is 5000; expected at most 989"):
         train(config_of("standard", batch_size=5000), splits.train, None, 10)

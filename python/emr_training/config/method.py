@@ -87,6 +87,9 @@ class DefenseConfig(Section):
     def _consistent(self) -> DefenseConfig:
         if self.mail is not None and self.name == "standard":
             raise ValueError("expected at, trades or mart beside mail: its weights need adversarial examples")
+        for option in ("smoothing", "logit_margin"):
+            if self.name == "mart" and getattr(self, option):
+                raise ValueError(f"{option} is {getattr(self, option)} with mart; expected 0, as its loss has none")
         return self
 
 

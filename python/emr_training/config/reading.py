@@ -87,6 +87,8 @@ def _explain(fault: Any) -> str:
         return f"unknown option {name!r}; {_nearest_path(path)}"
     message = fault["msg"].removeprefix("Value error, ")
     expected = message.replace("Input should be", "expected").replace("Field required", "expected a value")
+    if fault["type"] == "model_type":
+        expected = f"expected its options, as in {name}.{_first_option(path)}"
     if fault["type"] == "value_error" and not isinstance(fault["input"], (str, int, float)):
         return f"{name}: {expected}" if name else expected
     return f"{name} is {fault['input']!r}; {expected}"
@@ -101,12 +103,23 @@ def _nearest_path(path: list[str]) -> str:
     fields = list(section.model_fields)
     close = get_close_matches(path[-1], fields, n=1, cutoff=0.6)
     if not close:
-        everywhere = dict(_leaves(RunConfig))
+        # Of those that share a name the one nearest to the top, the first of these.
+        leaves = list(_leaves(RunConfig))[::-1]
+        everywhere = dict(sorted(leaves, key=lambda leaf: -leaf[1].count(".")))
         found = get_close_matches(path[-1], list(everywhere), n=1, cutoff=0.75)
         if found:
             return f"did you mean {everywhere[found[0]]!r}?"
     dotted = [f"{prefix}.{field}" if prefix else field for field in fields]
     return nearest(f"{prefix}.{path[-1]}", dotted) if close else f"expected one of {', '.join(map(repr, dotted))}"
+
+
+def _first_option(path: list[str]) -> str:
+    """The first option below this path, as one would set it."""
+    section: type[Section] = RunConfig
+    for part in path:
+        section = _section(section, part) or section
+    name, value = next(_leaves(section))[1], "..."
+    return f"{name}={value}"
 
 
 def _section(section: type[Section], name: str) -> type[Section] | None:
@@ -117,8 +130,8 @@ def _section(section: type[Section], name: str) -> type[Section] | None:
 
 
 def _leaves(section: type[Section], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """The last name and the path of every option; of those that share a name the first one stands last."""
-    for name in reversed(section.model_fields):
+    """The last name and the path of every option, in order."""
+    for name in section.model_fields:
         inner = _section(section, name)
         if inner is None:
             yield name, prefix + name

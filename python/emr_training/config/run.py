@@ -36,6 +36,8 @@ class RunConfig(Section):
             raise ValueError("trainer.patience is given, data.validation is 0; expected images to validate on")
         if self.data.extra_fraction and self.data.extra is None:
             raise ValueError("data.extra_fraction is given without data.extra; expected a file of images")
+        if self.data.extra is not None and not self.data.extra_fraction:
+            raise ValueError("data.extra is given, data.extra_fraction is 0; expected the share of each batch it fills")
         if self.data.augmentation.cutmix:
             self._check_mixed_labels()
         return self

@@ -66,7 +66,7 @@ def load_data(
     elif name not in _BY_NAME:
         raise ValueError(f"data is {name!r}; {nearest(name, list(DATA_SETS))}, or 'package.module:callable'")
     elif root is None:
-        raise ValueError(f"root is None with data {name!r}; expected where its files are")
+        raise ValueError(f"root is None with data {name!r}; expected where its files are, such as data.root=DIR")
     else:
         train, test = _BY_NAME[name](name, _folder_of(name, Path(root).expanduser()), checksums)
     if test is None:

@@ -85,9 +85,10 @@ def train(
         on_step: called with (step, steps in all, images of the step), in the first process.
 
     Raises:
-        ConfigError: for what data or devices rule out, before any work: a batch larger than `data`, or one that does
-            not divide by the number of devices; augmentation of what are no images; "16-mixed" or synchronised
-            BatchNorm on CPUs; MAIL's normalised weights, or TRADES's nominal batch, where a batch is split unevenly.
+        ConfigError: for what data or devices rule out, before any work: labels that are no class, a device that is not
+            there, a batch larger than `data`, or one that does not divide by the number of devices; augmentation of
+            what are no images; "16-mixed" or synchronised BatchNorm on CPUs; MAIL's normalised weights, or TRADES's
+            nominal batch, where a batch is split unevenly.
         TrainingDiverged: when the loss is no longer finite; names the step, the images and the last good checkpoint.
         CheckpointError: for a state that is damaged or of another run, or that cannot be written.
     """
@@ -95,7 +96,7 @@ def train(
     if resume and output is None:
         raise ConfigError("resume is true without output; expected the folder of the run")
     devices, nodes = _processes(config)
-    _check(config, data, extra, devices * nodes)
+    _check(config, data, extra, classes, devices * nodes)
     fabric = _fabric(config, devices, nodes)
     with ExitStack() as stack:
         stack.enter_context(_seeded(trainer.seed, fabric.device))
@@ -143,16 +144,25 @@ def _fabric(config: RunConfig, devices: int, nodes: int) -> Fabric:
     return fabric
 
 
-def _check(config: RunConfig, data: Data, extra: Data | None, world: int) -> None:
+def _check(config: RunConfig, data: Data, extra: Data | None, classes: int, world: int) -> None:
     """Refuse what only the data and the devices together tell to be impossible."""
     trainer, defense = config.trainer, config.defense
     if trainer.batch_size > len(data):
         raise ConfigError(
             f"trainer.batch_size is {trainer.batch_size}; expected at most {len(data)}, the training images"
         )
+    for what, part in (("data", data), ("data.extra", extra)):
+        if part is not None and not 0 <= int(part.y.min()) <= int(part.y.max()) < classes:
+            found = f"{int(part.y.min())} to {int(part.y.max())}"
+            raise ConfigError(f"{what} has labels from {found}; expected 0 to {classes - 1}, the {classes} classes")
     if any(config.data.augmentation.model_dump().values()) and data.x.dim() != 4:
         raise ConfigError(f"data.augmentation is given with images {list(data.x.shape[1:])}; expected [C, H, W]")
+    gpus = torch.cuda.device_count()
+    if trainer.device == "cuda" and not gpus:
+        raise ConfigError("trainer.device is cuda, which this PyTorch does not find here; expected auto or cpu")
     on_cpu = trainer.device == "cpu" or not torch.accelerator.is_available()
+    if not on_cpu and gpus and trainer.devices > gpus:
+        raise ConfigError(f"trainer.devices is {trainer.devices}; expected at most {gpus}, the GPUs of this machine")
     if on_cpu and trainer.precision == "16-mixed":
         raise ConfigError("trainer.precision is 16-mixed on the CPU; expected 32 or bf16-mixed there")
     if on_cpu and trainer.sync_batchnorm and world > 1:
