@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from emr_training.models import build_model, load_weights
+from emr_training.models import Normalized, build_model, load_weights
 from emr_training.models.weights import read_weights
 
 Weights = dict[str, Tensor]
@@ -32,6 +34,23 @@ WAYS: dict[str, Callable[[Weights], Any]] = {
     "compiled": lambda w: {"model_state_dict": prefixed(w, "_orig_mod."), "best": 0.5},
     "behind a normalisation": lambda w: {"net": prefixed(w, "module.model."), "acc": 80.0},
     "unused block": lambda w: {**w, "sub_block1.layer.0.bn1.weight": torch.ones(16)},
+    "unused block behind a wrapper": lambda w: prefixed(
+        {**w, "sub_block1.layer.0.bn1.weight": torch.ones(16)}, "module."
+    ),
+    "twice, with its attacker": lambda w: {
+        "model": {
+            **prefixed(w, "module.model."),
+            **prefixed(w, "module.attacker.model."),
+            "module.normalizer.new_mean": torch.zeros(3, 1, 1),
+            "module.normalizer.new_std": torch.ones(3, 1, 1),
+        },
+        "epoch": 3,
+    },
+    "numbers and arguments beside": lambda w: {
+        "state_dict": w,
+        "best": np.float64(0.5),
+        "args": argparse.Namespace(lr=0.1),
+    },
     "no counters": lambda w: {n: t for n, t in w.items() if not n.endswith("num_batches_tracked")},
 }
 
@@ -53,6 +72,55 @@ def test_safetensors(tmp_path: Path) -> None:
     assert torch.equal(model.fc.weight, source.fc.weight)
 
 
+MEAN, STD = [0.4914, 0.4822, 0.4465], [0.2471, 0.2435, 0.2616]
+_mean, _std = (torch.tensor(values).view(1, 3, 1, 1) for values in (MEAN, STD))
+NORMALISED: dict[str, Callable[[Weights], Any]] = {
+    "a Sequential": lambda w: {"0.mean": _mean, "0.std": _std, **prefixed(w, "1.")},
+    "parts by name": lambda w: prefixed(
+        {"normalize.mean": _mean, "normalize.std": _std, **prefixed(w, "model.")}, "module."
+    ),
+    "buffers": lambda w: {"state_dict": {"mu": _mean, "sigma": _std, **w}},
+}
+
+
+@pytest.mark.parametrize("way", NORMALISED)
+def test_what_normalises_images(tmp_path: Path, way: str) -> None:
+    source = wide()
+    torch.save(NORMALISED[way](source.state_dict()), tmp_path / "some.pt")
+    expected = r"normalises its images; expected model.mean=\[0.4914,0.4822,0.4465\] model.std=\[0.2471,0.2435,0.2616\]"
+    for model in (wide(), Normalized(wide(), [0.5], [0.25], 3)):
+        with pytest.raises(ValueError, match=expected):
+            load_weights(model, tmp_path / "some.pt")
+    model = load_weights(Normalized(wide(), MEAN, STD, 3), tmp_path / "some.pt")
+    x = torch.rand(2, 3, 8, 8)
+    assert torch.equal(model.eval()(x), source.eval()((x - _mean) / _std))
+
+
+def test_weights_alone_for_a_model_that_normalises(tmp_path: Path) -> None:
+    source = wide()
+    torch.save(prefixed(source.state_dict(), "module."), tmp_path / "some.pt")
+    model = load_weights(Normalized(wide(), MEAN, STD, 3), tmp_path / "some.pt")
+    x = torch.rand(2, 3, 8, 8)
+    assert torch.equal(model.eval()(x), source.eval()((x - _mean) / _std))
+    torch.save(model.state_dict(), tmp_path / "whole.pt")
+    again = load_weights(Normalized(wide(), MEAN, STD, 3), tmp_path / "whole.pt")
+    assert torch.equal(again.eval()(x), model(x))
+
+
+def test_a_users_own_normalisation(tmp_path: Path) -> None:
+    """A model that has the names of the file takes all of it."""
+
+    class Own(nn.Sequential):
+        def __init__(self, mean: float) -> None:
+            super().__init__(nn.Flatten(), nn.Linear(4, 2))
+            self.register_buffer("mean", torch.full((1,), mean))
+
+    source = Own(0.5)
+    torch.save(prefixed(source.state_dict(), "module."), tmp_path / "some.pt")
+    model = load_weights(Own(0.0), tmp_path / "some.pt")
+    assert torch.equal(model[1].weight, source[1].weight) and float(model.mean) == 0.5
+
+
 def test_a_key_of_ones_own(tmp_path: Path) -> None:
     source = wide()
     torch.save({"ema": source.state_dict(), "state_dict": wide().state_dict()}, tmp_path / "some.pt")
@@ -69,7 +137,7 @@ class Evil:
 def test_nothing_is_executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save({"state_dict": Evil()}, "evil.pt")
-    with pytest.raises(ValueError, match=r"evil.pt is not a checkpoint of tensors alone"):
+    with pytest.raises(ValueError, match=r"evil.pt is not a checkpoint of tensors alone: it holds posix.system, which"):
         read_weights("evil.pt")
     assert not Path("pwned").exists()
 

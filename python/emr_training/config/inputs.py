@@ -35,7 +35,10 @@ class DataConfig(Section):
     )
     root: str | None = Field(None, description="Folder of the original files; of npz the file; of folder the folder.")
     validation: int | float = Field(
-        0.15, ge=0, description="Held out of the training set: a number of images, or a fraction below 1. 0: none."
+        0.15,
+        ge=0,
+        description="Held out of the training set: a number of images, or a fraction below 1. 0: none. Digits have "
+        "splits of their own.",
     )
     augmentation: AugmentationConfig = Field(default_factory=AugmentationConfig)
     checksums: bool = Field(True, description="Whether files with published MD5 sums have to have them.")
@@ -67,9 +70,20 @@ class ModelConfig(Section):
         default_factory=dict,
         description="Keyword arguments of a model by import path, all that it gets: num_classes: 10, for instance.",
     )
+    mean: tuple[float, ...] | None = Field(
+        None,
+        description="Taken off the pixels before the model sees them: a number, or one for each channel; with std.",
+    )
+    std: tuple[float, ...] | None = Field(None, description="What the pixels are then divided by.")
     hypersphere_scale: float | None = Field(
         None, gt=0, description="Logits are this times cosines (Hypersphere Embedding); null: a linear last layer."
     )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ModelConfig:
+        if (self.mean is None) != (self.std is None):
+            raise ValueError("expected both mean and std, or none")
+        return self
 
     @model_validator(mode="before")
     @classmethod

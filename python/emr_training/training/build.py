@@ -13,7 +13,7 @@ from emr_training.config import RunConfig
 from emr_training.config.method import AttackConfig, EMRConfig
 from emr_training.config.optimization import OptimizerConfig
 from emr_training.defenses import MAIL, MART, PGDAT, TRADES, BurnIn, Defense, Rising, Standard
-from emr_training.models import build_model
+from emr_training.models import Normalized, build_model
 from emr_training.models.hypersphere import with_hypersphere_head
 from emr_training.penalties import EMR, LLR, WEISSI, FiniteDifference, InputGradient, Jacobian, Penalty
 
@@ -23,6 +23,8 @@ def make_model(config: RunConfig, input_shape: Sequence[int], classes: int) -> n
     model = build_model(config.model.name, input_shape, classes, config.model.options)
     if config.model.hypersphere_scale is not None:
         model = with_hypersphere_head(model, config.model.hypersphere_scale)
+    if config.model.mean is not None and config.model.std is not None:
+        model = Normalized(model, config.model.mean, config.model.std, input_shape[0])
     return model
 
 
