@@ -363,6 +363,11 @@ def test_tables(saved: Path) -> None:
     low, high = found.worst(0.1).interval()
     assert f"{100 * low:.2f} to {100 * high:.2f}" in text and "worst case" in text
     assert "…" not in text and "PGD-3" in text and "ε = 0.1" in text
+    narrow = Console(width=64, record=True, file=StringIO())
+    narrow.print(margins_table(found))
+    text = narrow.export_text()
+    quartiles = found.margins[1].quartiles()["margins"]
+    assert "…" not in text and "ε = 0.1" in text and f"to {quartiles['q75']:.2g})" in text
 
 
 def make_digits():

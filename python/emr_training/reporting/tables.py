@@ -103,12 +103,12 @@ def attacks_table(evaluation: Evaluation, title: str | None = None) -> Table:
 
 
 def margins_table(evaluation: Evaluation) -> Table:
-    """One row a set of images: median and quartiles of its margins and weight norms."""
+    """One row a set of images: median of its margins and weight norms, quartiles below."""
     table = _table(None)
-    table.add_column("Images", no_wrap=True, vertical="bottom")
+    table.add_column("Images", no_wrap=True)
     norm = evaluation.margins[0].norm
     for header in (f"Effective margin\n({norm})", "Effective\nweight norm", "Probabilistic\nmargin"):
-        table.add_column(header, justify="right", no_wrap=True, vertical="bottom")
+        table.add_column(header, justify="right", no_wrap=True)
     for margins in evaluation.margins:
         images = f"ε = {epsilon_text(margins.epsilon)}" if margins.epsilon else "clean"
         found = margins.quartiles()
@@ -146,7 +146,7 @@ def _per_image(costs: Costs) -> tuple[str, str, str]:
 
 def _spread(values: Mapping[str, Any]) -> str:
     low, median, high = (_number(values[name], digits) for name, digits in (("q25", 2), ("median", 3), ("q75", 2)))
-    return f"{median} ({low} to {high})"
+    return f"{median}\n({low} to {high})"
 
 
 def _number(value: float | None, digits: int = 3) -> str:
