@@ -11,7 +11,7 @@ from torch import nn
 from emr_training.checkpoint import FORMAT, CheckpointError, load_payload, save_payload
 from emr_training.costs import Costs
 from emr_training.penalties import LLR, Penalty
-from emr_training.training.metrics import EpochMetrics
+from emr_training.training.metrics import EpochMetrics, flat
 
 if TYPE_CHECKING:
     from emr_training.training.loop import Loop
@@ -83,8 +83,13 @@ def restore(loop: Loop, state: dict[str, Any]) -> None:
     """Put a fresh run into a captured state. Raises CheckpointError for that of a run that was set up otherwise."""
     if len(state["processes"]) != loop.world:
         raise CheckpointError(f"{STATE} is of a run on {len(state['processes'])} devices; expected {loop.world}")
-    if _decisive(state["config"]) != _decisive(loop.config.model_dump(mode="json")):
-        raise CheckpointError(f"{STATE} is of a run with another configuration; expected the one it was started with")
+    theirs, ours = (_decisive(config) for config in (state["config"], loop.config.model_dump(mode="json")))
+    if changed := [name for name in {**theirs, **ours} if theirs.get(name) != ours.get(name)]:
+        name = changed[0]
+        raise CheckpointError(
+            f"{STATE} is of a run with another configuration: {name} is {ours.get(name)!r} ({len(changed)} such); "
+            f"expected {theirs.get(name)!r}, as it was started with"
+        )
     loop.model.load_state_dict(state["model"])
     loop.optimizer.load_state_dict(state["optimizer"])
     loop.fabric.strategy.precision.load_state_dict(state["precision"])
@@ -108,11 +113,10 @@ def restore(loop: Loop, state: dict[str, Any]) -> None:
 
 
 def _decisive(config: dict[str, Any]) -> dict[str, Any]:
-    """A configuration without what may change between the parts of a run."""
-    free = ("epochs", "patience", "checkpoint_steps", "log_steps", "tensorboard", "device")
-    trainer = {name: value for name, value in config["trainer"].items() if name not in free}
-    data = {name: value for name, value in config["data"].items() if name != "root"}
-    return {**config, "trainer": trainer, "data": data, "name": None}
+    """A configuration by dotted names, without what may change between the parts of a run."""
+    trainer = ("epochs", "patience", "checkpoint_steps", "log_steps", "tensorboard", "device")
+    free = {"name", "data.root", *(f"trainer.{name}" for name in trainer)}
+    return {name: value for name, value in flat(config).items() if name not in free}
 
 
 def save_state(folder: Path, state: dict[str, Any]) -> None:
