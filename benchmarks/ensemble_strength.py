@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from benchmarks.measure import environment, write_json
 from benchmarks.subjects import Subject, Subjects, accuracy, digits_subjects, mnist
 from emr_training.attacks import AutoAttack
+from emr_training.attacks.suite import suite
 from emr_training.config import make_config
 from emr_training.training import train
 
@@ -72,7 +73,11 @@ def codes(epsilon: float) -> dict[str, Code]:
     """Both implementations, in batches of 250."""
 
     def ours(model: nn.Module, x: Tensor, y: Tensor, attacks: tuple[str, ...], seed: int) -> Tensor:
-        attack = AutoAttack(eps=epsilon, version="custom", attacks_to_run=attacks, seed=seed, verbose=False)
+        # With the settings that they have in the standard version.
+        chosen = {
+            name: attack for name, attack in suite("Linf", epsilon, "standard", seed=seed).items() if name in attacks
+        }
+        attack = AutoAttack(eps=epsilon, version="custom", attacks_to_run=chosen, seed=seed, verbose=False)
         return attack.run(model, x, y, batch_size=250)[0]
 
     def theirs(model: nn.Module, x: Tensor, y: Tensor, attacks: tuple[str, ...], seed: int) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import cProfile
+import pstats
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -90,6 +92,13 @@ def test_warns_of_what_makes_an_evaluation_unreliable(net: nn.Module, batch: Dat
     with pytest.warns(EvaluationWarning, match=message):
         _, result = attack.run(Wrapped(net, how), batch.x, batch.y)
     assert len(result.warnings) == 1
+
+
+def test_can_be_profiled(net: nn.Module, batch: Data) -> None:
+    """The search for gradients in the forward pass takes the place of a profiler, and cannot put back cProfile's."""
+    profile = cProfile.Profile()
+    profile.runcall(lambda: short().run(net, batch.x, batch.y))
+    assert any("square" in str(place) for place in pstats.Stats(profile).stats)  # type: ignore[attr-defined]
 
 
 def test_does_not_warn_without_a_reason(net: nn.Module, robust_net: nn.Module, batch: Data) -> None:

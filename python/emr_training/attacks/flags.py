@@ -76,6 +76,8 @@ def dynamic(problem: Problem) -> str | None:
             calls += 1
 
     before = sys.getprofile()
+    if before is not None and not callable(before):
+        return None  # cProfile's, which could not be put back
     sys.setprofile(watch)
     try:
         problem.classifier.plain_logits(problem.x)
