@@ -154,6 +154,17 @@ def test_full_disk_leaves_the_earlier_checkpoints(
     assert same(resumed.model, train(config, data, None, 10).model)
 
 
+def test_metrics_of_an_epoch_that_was_cut_off_after_its_state(splits: Splits, tmp_path: Path) -> None:
+    data, _ = small(splits)
+    config = make_config({"trainer.epochs": 2})
+    train(config, data, None, 10, output=tmp_path)
+    for name in ("metrics.jsonl", "metrics.csv"):
+        lines = (tmp_path / name).read_text()
+        (tmp_path / name).write_text(lines[: lines.rindex("\n", 0, -1) + 1])
+        train(config, data, None, 10, output=tmp_path, resume=True)
+        assert (tmp_path / name).read_text() == lines
+
+
 def test_damaged_and_foreign_states_are_named(splits: Splits, tmp_path: Path) -> None:
     data, validation = small(splits)
     config = make_config({"trainer.epochs": 1})

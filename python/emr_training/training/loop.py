@@ -115,7 +115,7 @@ class Loop:
                 (self.output / name).unlink(missing_ok=True)
         text = dump_config(self.config)
         write_atomically(self.output / "config.yaml", lambda file: file.write(text.encode()))
-        self.files = MetricFiles(self.output, tensorboard=self.config.trainer.tensorboard)
+        self.files = MetricFiles(self.output, self.history, tensorboard=self.config.trainer.tensorboard)
 
     def close(self) -> None:
         """Finish what is being written."""

@@ -64,10 +64,11 @@ class EpochMetrics:
 class MetricFiles:
     """metrics.jsonl and metrics.csv in a run's folder, one line an epoch, and TensorBoard's events if asked for.
 
-    Both files are rewritten whole at each epoch, so that a resumed run leaves no line of the time that was lost.
+    history: the epochs before, of a resumed run. Both files are rewritten whole at each epoch, so that a resumed run
+    leaves no line of the time that was lost.
     """
 
-    def __init__(self, folder: Path, *, tensorboard: bool = False) -> None:
+    def __init__(self, folder: Path, history: Sequence[EpochMetrics], *, tensorboard: bool = False) -> None:
         self._folder = folder
         self._events: Any = None
         if tensorboard:
@@ -78,6 +79,9 @@ class MetricFiles:
                     "trainer.tensorboard is true, but tensorboard is not installed; expected `pip install tensorboard`"
                 ) from None
             self._events = SummaryWriter(str(folder / "tensorboard"))
+        if history:
+            # A run may have been cut off between its state and the epoch's line.
+            self.epoch(history)
 
     def step(self, step: int, values: dict[str, float]) -> None:
         """Numbers of one step, for TensorBoard."""
