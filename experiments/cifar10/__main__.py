@@ -94,7 +94,7 @@ def _train(config: RunConfig, folder: Path, console: Console) -> None:
     done = folder / "run.json"
     if done.is_file() and json.loads(done.read_text(encoding="utf-8"))["stopped"] is None:
         return
-    stopped = training.run(config, folder, console, resume=(folder / "state.pt").is_file())
+    stopped = training.run(config, folder, console, resume=(folder / "state.pt").is_file(), overwrite=True)
     if stopped is not None:
         raise TimeUp
 

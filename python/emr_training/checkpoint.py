@@ -23,13 +23,21 @@ class CheckpointError(ValueError):
     """A file that is not a whole checkpoint of this format, or that cannot be written."""
 
 
+class ForeignCheckpointError(CheckpointError):
+    """A file that may be somebody else's checkpoint."""
+
+
 @dataclass(frozen=True)
 class Checkpoint:
-    """A trained model on the CPU in evaluation mode, its settings, and its last metrics."""
+    """A trained model on the CPU in evaluation mode, its settings, and its last metrics.
+
+    published: weights from elsewhere; then the settings are those of the model alone, and there are no metrics.
+    """
 
     model: nn.Module
     config: RunConfig
     metrics: dict[str, Any]
+    published: bool = False
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
@@ -104,7 +112,7 @@ def save_payload(path: Path, payload: dict[str, Any]) -> None:
 def load_payload(path: Path) -> dict[str, Any]:
     """What `save_payload` wrote, on the CPU. Nothing in the file is executed.
 
-    Raises FileNotFoundError, or CheckpointError for a file that is damaged or something else.
+    Raises FileNotFoundError, or CheckpointError for a file that is damaged (ForeignCheckpointError: or something else).
     """
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
@@ -116,8 +124,10 @@ def load_payload(path: Path) -> dict[str, Any]:
             raise ValueError(f"its part {damaged} is damaged")
         payload = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise CheckpointError(f"{path} is not a checkpoint, or damaged: {str(error).splitlines()[0]}") from error
+        raise ForeignCheckpointError(f"{path} is not a checkpoint, or damaged: {str(error).splitlines()[0]}") from error
     found = payload.get("format") if isinstance(payload, dict) else None
+    if found is None:
+        raise ForeignCheckpointError(f"{path} is not a checkpoint of this library: it has no format")
     if found != FORMAT:
         raise CheckpointError(f"{path} has checkpoint format {found!r}; expected {FORMAT}")
     return payload
@@ -146,7 +156,8 @@ def save_checkpoint(
 
 
 def load_checkpoint(path: Path | str, *, trust: bool = False) -> Checkpoint:
-    """Rebuild the model saved at `path`, on the CPU.
+    """Rebuild the model saved at `path`, on the CPU: by `save_checkpoint`, or published weights of a network of the
+    field that its parameters tell (wide ResNets, ResNet-18 and PreActResNet-18; see `load_weights` for others).
 
     trust: import and call what the file names as its model, where that is an import path (`os.system` is one, too).
     Otherwise nothing that the file holds or names is executed.
@@ -156,7 +167,10 @@ def load_checkpoint(path: Path | str, *, trust: bool = False) -> Checkpoint:
     from emr_training.training.build import make_model
 
     path = Path(path)
-    payload = load_payload(path)
+    try:
+        payload = load_payload(path)
+    except ForeignCheckpointError as error:
+        return _published(path, error)
     if "state_dict" not in payload:
         raise CheckpointError(f"{path} is the state of a run, to be resumed; expected a model, best.pt or last.pt")
     try:
@@ -169,6 +183,27 @@ def load_checkpoint(path: Path | str, *, trust: bool = False) -> Checkpoint:
         model = make_model(config, payload["input_shape"], payload["classes"])
     model.load_state_dict(payload["state_dict"])
     return Checkpoint(model.eval(), config, payload["metrics"])
+
+
+def _published(path: Path, fault: CheckpointError) -> Checkpoint:
+    """The network that published weights are of. Raises `fault` if the file holds no tensors by name."""
+    from emr_training.models.recognised import recognise
+    from emr_training.models.weights import load_weights, read_weights
+    from emr_training.training.build import make_model
+
+    try:
+        weights = read_weights(path)
+    except ValueError:
+        raise fault from None
+    try:
+        found = recognise(weights)
+        config = make_config({"model": found.options})
+        with torch.random.fork_rng(devices=[]):
+            model = make_model(config, (found.channels, 32, 32), found.classes)
+        model = load_weights(model, path)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    return Checkpoint(model.eval(), config, {}, published=True)
 
 
 def check_trusted(path: Path, what: str, name: str) -> None:

@@ -33,6 +33,7 @@ def train(
     config: Annotated[Path | None, typer.Option(help="YAML file of options; they override the preset's.")] = None,
     output: Annotated[Path, typer.Option(help="Folder for checkpoints, metrics and config.yaml.")] = Path("runs/train"),
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in OUTPUT.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start anew, whatever run OUTPUT holds.")] = False,
     seed: Annotated[int | None, typer.Option(min=0, help="Short for trainer.seed.")] = None,
     devices: Annotated[int | None, typer.Option(min=1, help="Short for trainer.devices.")] = None,
 ) -> None:
@@ -59,7 +60,7 @@ def train(
 
     from emr_training.training.command import run
 
-    stopped = run(settings, output, console, resume=resume)
+    stopped = run(settings, output, console, resume=resume, overwrite=overwrite)
     if stopped in ("SIGTERM", "SIGINT"):
         sys.exit({"SIGTERM": 143, "SIGINT": 130}[stopped])
 

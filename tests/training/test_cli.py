@@ -171,3 +171,14 @@ def test_resume_takes_up_the_configuration(run, tmp_path: Path) -> None:
     assert result.output.count("epoch ") >= 1 and "epoch 2/2" in result.output and "epoch 1/2" not in result.output
     checkpoint = load_checkpoint(tmp_path / "last.pt")
     assert checkpoint.config.trainer.seed == 4 and checkpoint.metrics["epoch"] == 2
+
+
+def test_another_run_is_not_lost(run, tmp_path: Path) -> None:
+    command = ("train", "trainer.epochs=1", "--output", str(tmp_path))
+    assert run(*command).exit_code == 0
+    before = (tmp_path / "last.pt").read_bytes()
+    with pytest.raises(FileExistsError, match=r"holds a run \(state\.pt\); expected --resume .* --overwrite"):
+        run(*command, "--seed", "4")
+    assert (tmp_path / "last.pt").read_bytes() == before
+    assert run(*command, "--seed", "4", "--overwrite").exit_code == 0
+    assert load_checkpoint(tmp_path / "last.pt").config.trainer.seed == 4

@@ -29,6 +29,7 @@ from emr_training.evaluation.measure import Measure
 from emr_training.evaluation.names import NAMES, epsilon_text, label, named_attack, parse_attacks
 from emr_training.evaluation.record import Record
 from emr_training.evaluation.subject import Subject, load_subject
+from emr_training.models import build_model
 from emr_training.reporting import attacks_table, margins_table
 
 QUIET = Console(quiet=True)
@@ -321,12 +322,18 @@ def test_published_weights(tmp_path: Path, net: nn.Module, splits: Splits) -> No
 
 def test_subjects_that_do_not_fit(saved: Path, tmp_path: Path, net: nn.Module) -> None:
     torch.save(net.state_dict(), tmp_path / "w.pt")
-    with pytest.raises(CheckpointError, match=r"published weights need --model and --data"):
+    with pytest.raises(CheckpointError, match=r"none of the networks.*published weights need --data, others"):
         load_subject(tmp_path / "w.pt", {})
     with pytest.raises(ValueError, match=r"model is given without data"):
         load_subject(tmp_path / "w.pt", {"model": {"name": "mlp"}})
     with pytest.raises(ValueError, match=r"is not of this SmallCNN"):
         load_subject(tmp_path / "w.pt", {"model": {"name": "cnn"}, "data": {"name": "digits"}})
+    known = build_model("wrn-10-1", (1, 8, 8), 10)
+    torch.save(known.state_dict(), tmp_path / "known.pt")
+    with pytest.raises(ValueError, match=r"known.pt has published weights; expected the data set"):
+        load_subject(tmp_path / "known.pt", {})
+    subject = load_subject(tmp_path / "known.pt", {"data": {"name": "digits"}})
+    assert (subject.method, subject.config.model.name) == ("weights", "wrn-10-1")
     with pytest.raises(ValueError, match=r"trainer is given for a checkpoint; expected changes of data alone"):
         load_subject(saved, {"trainer": {"seed": 1}})
     with pytest.raises(FileNotFoundError, match=r"no best.pt in .*; it holds last.pt"):

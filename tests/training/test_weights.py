@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from emr_training.checkpoint import CheckpointError, load_checkpoint
 from emr_training.models import Normalized, build_model, load_weights
 from emr_training.models.weights import read_weights
 
@@ -165,3 +166,38 @@ def test_faults(tmp_path: Path) -> None:
         load_weights(model, path)
     with pytest.raises(FileNotFoundError, match="no checkpoint at"):
         load_weights(model, tmp_path / "none.pt")
+
+
+KNOWN = ["wrn-10-1", "wrn-16-2-pad", "resnet-18", "preactresnet-18"]
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_the_parameters_tell_the_network(tmp_path: Path, name: str) -> None:
+    source = build_model(name, (3, 8, 8), 7)
+    torch.save({"state_dict": prefixed(source.state_dict(), "module.")}, tmp_path / "some.pt")
+    loaded = load_checkpoint(tmp_path / "some.pt")
+    assert loaded.published and loaded.config.model.name == name and loaded.metrics == {}
+    x = torch.rand(2, 3, 8, 8)
+    assert torch.equal(loaded.model(x), source.eval()(x))
+
+
+@pytest.mark.parametrize("way", [*WAYS, *NORMALISED])
+def test_the_network_of_every_way_of_storing(tmp_path: Path, way: str) -> None:
+    source = wide()
+    torch.save({**WAYS, **NORMALISED}[way](source.state_dict()), tmp_path / "some.pt")
+    model = load_checkpoint(tmp_path / "some.pt").model
+    x = torch.rand(2, 3, 8, 8)
+    expected = Normalized(source, MEAN, STD, 3) if way in NORMALISED else source
+    torch.testing.assert_close(model(x), expected.eval()(x))
+
+
+def test_a_network_that_the_parameters_do_not_tell(tmp_path: Path) -> None:
+    torch.save(nn.Linear(3, 2).state_dict(), tmp_path / "some.pt")
+    with pytest.raises(
+        CheckpointError, match=r"some\.pt: its tensors \(weight, bias, .*none of the networks.*load_weights"
+    ):
+        load_checkpoint(tmp_path / "some.pt")
+    shallow = {name: tensor for name, tensor in wide().state_dict().items() if not name.startswith("block2")}
+    torch.save(shallow, tmp_path / "some.pt")
+    with pytest.raises(CheckpointError, match="none of the networks"):
+        load_checkpoint(tmp_path / "some.pt")

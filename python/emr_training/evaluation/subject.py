@@ -38,12 +38,12 @@ class Subject:
 
 
 def load_subject(path: Path, options: Mapping[str, Any], *, which: str | None = None, trust: bool = False) -> Subject:
-    """What `path` holds: a run's folder, a checkpoint of a run, or, with a model in `options`, published weights.
+    """What `path` holds: a run's folder, a checkpoint of a run, or published weights.
 
     Args:
         path: a folder, or a file.
-        options: of a configuration: for published weights model and data, for a run the data, where they differ from
-            those that it was trained with.
+        options: of a configuration: for published weights data, and the model unless its parameters tell; for a run the
+            data, where they differ from those that it was trained with.
         which: "best" or "last", of a folder; None: the best if there is one.
         trust: import what a checkpoint names.
 
@@ -66,12 +66,18 @@ def load_subject(path: Path, options: Mapping[str, Any], *, which: str | None = 
         try:
             loaded = load_checkpoint(file, trust=trust)
         except CheckpointError as error:
-            raise CheckpointError(f"{error} (published weights need --model and --data)") from error
+            raise CheckpointError(
+                f"{error} (published weights need --data, others than the usual networks --model, too)"
+            ) from error
+        if loaded.published and "data" not in options:
+            raise ValueError(
+                f"{file} has published weights; expected the data set to evaluate them on, such as cifar10"
+            )
         if not trust and "name" not in options.get("data", {}):
             check_trusted(file, "data", loaded.config.data.name)
         config = make_config(merge(loaded.config.model_dump(mode="json"), options))
         splits = load_splits(config)
-        method, model = config.method, loaded.model
+        method, model = "weights" if loaded.published else config.method, loaded.model
     _check(file, model, splits)
     return Subject(file, output, model, config, method, splits.test, _training_costs(file))
 

@@ -94,25 +94,35 @@ def _bare(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         tensors = {name[len(prefix) :]: tensor for name, tensor in tensors.items()}
 
 
-def _without_normalisation(weights: dict[str, Tensor], model: nn.Module, path: Path | str) -> dict[str, Tensor]:
-    """`weights` without what normalises images. Raises ValueError unless `model` does so by the same numbers."""
-    own, theirs = (torch.zeros(1), torch.ones(1)), [torch.zeros(1), torch.ones(1)]
-    if isinstance(model, Normalized):
-        own = theirs[0], theirs[1] = model.mean.flatten(), model.std.flatten()
-    rest = {}
+def without_normalisation(
+    weights: dict[str, Tensor],
+) -> tuple[dict[str, Tensor], tuple[float, ...] | None, tuple[float, ...] | None]:
+    """`weights` without what normalises images, and the means and standard deviations of that, where it is there."""
+    rest: dict[str, Tensor] = {}
+    numbers: list[tuple[float, ...] | None] = [None, None]
     for name, tensor in weights.items():
         place = next((i for i, names in enumerate(_NORMALISATION) if name.rpartition(".")[2] in names), None)
         if place is None:
             rest[name] = tensor
         else:
-            theirs[place] = tensor.flatten()
+            numbers[place] = tuple(tensor.flatten().tolist())
+    return _bare(rest), numbers[0], numbers[1]
+
+
+def _normalised_alike(weights: dict[str, Tensor], model: nn.Module, path: Path | str) -> dict[str, Tensor]:
+    """`weights` without what normalises images. Raises ValueError unless `model` does so by the same numbers."""
+    rest, *found = without_normalisation(weights)
+    own = torch.zeros(1), torch.ones(1)
+    if isinstance(model, Normalized):
+        own = model.mean.flatten(), model.std.flatten()
+    theirs = [mine if given is None else torch.tensor(given) for mine, given in zip(own, found, strict=True)]
     for mine, other in zip(own, theirs, strict=True):
         alike = len(mine) in (1, len(other)) or len(other) == 1
         if not alike or not torch.allclose(mine, other.to(mine), atol=1e-4):
             mean, std = ([round(float(value), 6) for value in values] for values in theirs)
             given = f"model.mean={mean} model.std={std}".replace(", ", ",")
             raise ValueError(f"{path} is of a model that normalises its images; expected {given}")
-    return _bare(rest)
+    return rest
 
 
 def load_weights(model: nn.Module, path: Path | str, key: str | None = None) -> nn.Module:
@@ -126,7 +136,7 @@ def load_weights(model: nn.Module, path: Path | str, key: str | None = None) -> 
     """
     whole, weights = model, read_weights(path, key)
     if isinstance(model, Normalized) or not set(weights) <= set(model.state_dict()):
-        weights = _without_normalisation(weights, model, path)
+        weights = _normalised_alike(weights, model, path)
     if isinstance(model, Normalized):
         model = model.model
     own = model.state_dict()

@@ -12,6 +12,7 @@ from emr_training.config import RunConfig
 from emr_training.data import Splits, load_data, load_npz
 from emr_training.reporting import environment, metrics_line, write_json
 from emr_training.training.metrics import EpochMetrics
+from emr_training.training.snapshot import RUN_FILES
 from emr_training.training.trainer import TrainResult, train
 
 
@@ -65,8 +66,19 @@ class TrainingProgress:
             self._progress.stop()
 
 
-def run(config: RunConfig, output: Path, console: Console, *, resume: bool = False) -> str | None:
-    """Train as `config` says, into `output`; returns what stopped the run early, if anything did."""
+def run(
+    config: RunConfig, output: Path, console: Console, *, resume: bool = False, overwrite: bool = False
+) -> str | None:
+    """Train as `config` says, into `output`; returns what stopped the run early, if anything did.
+
+    Raises FileExistsError if another run is there, unless it is to be resumed or overwritten.
+    """
+    kept = next((name for name in RUN_FILES if (output / name).exists()), None)
+    if kept is not None and not (resume or overwrite):
+        raise FileExistsError(
+            f"{output} holds a run ({kept}); expected --resume to go on with it, --overwrite to start anew, or another "
+            "--output"
+        )
     splits = load_splits(config)
     selection = splits.test if config.evaluation.split == "test" else splits.validation
     extra = None if config.data.extra is None else load_npz(Path(config.data.extra).expanduser())[0]

@@ -24,7 +24,7 @@ from emr_training.training.costs import penalty_passes
 from emr_training.training.images import TrainingImages
 from emr_training.training.metrics import EpochMetrics, MetricFiles
 from emr_training.training.schedule import learning_rate_factor
-from emr_training.training.snapshot import STATE, capture, load_state, restore, save_state
+from emr_training.training.snapshot import RUN_FILES, STATE, capture, load_state, restore, save_state
 from emr_training.training.validation import Validation
 from emr_training.training.watch import LossWatch, StopSignal, TrainingDiverged
 
@@ -111,7 +111,7 @@ class Loop:
         self.output.mkdir(parents=True, exist_ok=True)
         if not resume:
             # What an earlier run left here would be taken for this one's.
-            for name in (STATE, "best.pt", "last.pt", "metrics.jsonl", "metrics.csv", "run.json"):
+            for name in RUN_FILES:
                 (self.output / name).unlink(missing_ok=True)
         text = dump_config(self.config)
         write_atomically(self.output / "config.yaml", lambda file: file.write(text.encode()))

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from emr_training.training.loop import Loop
 
 STATE = "state.pt"
+#: What a run leaves in its folder beside its configuration.
+RUN_FILES = (STATE, "best.pt", "last.pt", "metrics.jsonl", "metrics.csv", "run.json")
 
 
 def penalty_state(penalty: Penalty) -> dict[str, Any]:
