@@ -16,7 +16,7 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,19 +104,30 @@ def measure(name: str, subject: Subject, options: argparse.Namespace) -> dict[st
                 left = [accuracy(subject.model, run(subject.model, x, y, attacks, seed), y) for seed in seeds]
             row["results"][code] = {"robust": left, "processor": round(time.process_time() - began, 1)}
         rows.append(row)
-        print(f"{name}, {table_line(row)}", flush=True)
+        told = ", ".join(f"{code} {figure(result)}" for code, result in row["results"].items())
+        print(f"{name}, {title}, {len(y)} images: {told}", flush=True)
     x, y = subject.data.x[: options.images], subject.data.y[: options.images]
     return {"model": name, "epsilon": epsilon, "clean": accuracy(subject.model, x, y), "rows": rows}
 
 
-def table_line(row: dict[str, Any]) -> str:
-    """One row as Markdown."""
-    cells = []
-    for result in row["results"].values():
-        left = [100 * value for value in result["robust"]]
-        spread = f" ± {statistics.stdev(left):.2f}" if len(left) > 1 else ""
-        cells.append(f"{statistics.mean(left):.2f}{spread}")
-    return f"| {row['attack']}, {row['images']} images | {' | '.join(cells)} |"
+def figure(result: Mapping[str, Any]) -> str:
+    """Robust accuracy in %: mean and standard deviation over the seeds."""
+    left = [100 * value for value in result["robust"]]
+    spread = f" ± {statistics.stdev(left):.2f}" if len(left) > 1 else ""
+    return f"{statistics.mean(left):.2f}{spread}"
+
+
+def table(networks: Sequence[Mapping[str, Any]]) -> str:
+    """The figures as Markdown."""
+    names = [row["attack"] for row in networks[0]["rows"]]
+    lines = [f"| network, clean accuracy | code | {' | '.join(names)} |", "|---" * (2 + len(names)) + "|"]
+    for network in networks:
+        title = f"{network['model']}, {100 * network['clean']:.1f} %, ε = {network['epsilon']:g}"
+        for code in network["rows"][0]["results"]:
+            cells = [figure(row["results"][code]) for row in network["rows"]]
+            lines.append(f"| {title} | {code} | {' | '.join(cells)} |")
+            title = ""
+    return "\n".join(lines)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -141,10 +152,7 @@ def main(arguments: list[str] | None = None) -> int:
         report["networks"].append(measure(name, make(), options))
         if options.json is not None:
             write_json(options.json, report)
-    for network in report["networks"]:
-        print(f"\n{network['model']}, clean {100 * network['clean']:.1f} %, Linf {network['epsilon']:g}")
-        print("| attack | emr_training | pyautoattack |\n|---|---|---|")
-        print("\n".join(table_line(row) for row in network["rows"]))
+    print(table(report["networks"]))
     return 0
 
 
