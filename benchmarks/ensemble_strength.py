@@ -11,6 +11,7 @@ with the same file goes on where it ends. `make test-independent` installs pyaut
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import statistics
 import sys
@@ -141,9 +142,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="where to write the figures, and what it has is not done again")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    report: dict[str, Any] = {"networks": []}
+    sizes = {"images": options.images, "alone": options.alone, "seeds": options.seeds}
+    packages = {"pyautoattack": importlib.metadata.version("pyautoattack")}
+    report: dict[str, Any] = {"sizes": sizes, "packages": packages, "networks": []}
     if options.json is not None and options.json.exists():
         report = json.loads(options.json.read_text())
+        if report["sizes"] != sizes:
+            parser.error(f"{options.json} has figures of {report['sizes']}; expected these, or another --json")
     report["environment"] = environment(torch.device("cpu"))
     done = {network["model"] for network in report["networks"]}
     for name, make in subjects(options.data).items():

@@ -188,7 +188,7 @@ def load_checkpoint(path: Path | str, *, trust: bool = False) -> Checkpoint:
 def _published(path: Path, fault: CheckpointError) -> Checkpoint:
     """The network that published weights are of. Raises `fault` if the file holds no tensors by name."""
     from emr_training.models.recognised import recognise
-    from emr_training.models.weights import load_weights, read_weights
+    from emr_training.models.weights import put_weights, read_weights
     from emr_training.training.build import make_model
 
     try:
@@ -197,12 +197,12 @@ def _published(path: Path, fault: CheckpointError) -> Checkpoint:
         raise fault from None
     try:
         found = recognise(weights)
-        config = make_config({"model": found.options})
-        with torch.random.fork_rng(devices=[]):
-            model = make_model(config, (found.channels, 32, 32), found.classes)
-        model = load_weights(model, path)
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from None
+    config = make_config({"model": found.options})
+    with torch.random.fork_rng(devices=[]):
+        model = make_model(config, (found.channels, 32, 32), found.classes)
+    put_weights(model, weights, path)
     return Checkpoint(model.eval(), config, {}, published=True)
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import zoo
-from emr_kernels import EffectiveWeightPenalty, effective_margins
+from emr_kernels import EffectiveWeightPenalty, EMRLoss, effective_margins
 from emr_kernels.linearize import verify
 from emr_kernels.linearize.program import Program
 from oracle import double_backward, relative_error
@@ -149,6 +149,9 @@ def test_what_rounding_decides_in_float32_is_decided_in_float64(monkeypatch: pyt
     penalty = EffectiveWeightPenalty(model, temperature=1.0)
     penalty(x).backward()
     assert penalty.engine == "linearized"
+    loss = EMRLoss(model)
+    loss(x, torch.zeros(5, dtype=torch.long))
+    assert loss.last is not None and loss.last.shared_forward
     assert all(p.dtype == torch.float32 and torch.equal(p, before[name]) for name, p in model.state_dict().items())
     monkeypatch.setitem(verify._TOLERANCES, torch.float64, (0.0, 0.0))
     with pytest.warns(RuntimeWarning, match="falls back"):

@@ -33,14 +33,11 @@ def recognise(weights: Mapping[str, Tensor]) -> Recognised:
     mean, std = mean or (0.0,), std or (1.0,)
     if any(mean) or any(value != 1 for value in std):
         options = {"mean": mean, "std": std}
-    for name, first, last in (
-        (_wide(weights), "conv1.weight", "fc.weight"),
-        ("resnet-18", "conv1.weight", "linear.weight"),
-        ("preactresnet-18", "conv1.weight", "linear.weight"),
-    ):
-        if name is None or first not in weights or last not in weights:
+    candidates = ((_wide(weights), "fc.weight"), ("resnet-18", "linear.weight"), ("preactresnet-18", "linear.weight"))
+    for name, last in candidates:
+        if name is None or "conv1.weight" not in weights or last not in weights:
             continue
-        channels, classes = weights[first].shape[1], weights[last].shape[0]
+        channels, classes = weights["conv1.weight"].shape[1], weights[last].shape[0]
         if _shapes(name, channels, classes) == {n: tuple(t.shape) for n, t in weights.items() if not _counter(n)}:
             return Recognised({"name": name, **options}, channels, classes)
     raise ValueError(

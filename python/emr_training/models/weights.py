@@ -134,7 +134,12 @@ def load_weights(model: nn.Module, path: Path | str, key: str | None = None) -> 
     Raises ValueError that names what is missing, what the model has no place for, and which shapes differ, before
     anything is changed.
     """
-    whole, weights = model, read_weights(path, key)
+    return put_weights(model, read_weights(path, key), path)
+
+
+def put_weights(model: nn.Module, weights: dict[str, Tensor], path: Path | str) -> nn.Module:
+    """`load_weights` with what was read from `path`."""
+    whole = model
     if isinstance(model, Normalized) or not set(weights) <= set(model.state_dict()):
         weights = _normalised_alike(weights, model, path)
     if isinstance(model, Normalized):

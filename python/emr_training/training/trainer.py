@@ -79,7 +79,7 @@ def train(
         data, validation: images and labels.
         classes: how many.
         extra: further training images, of which each batch takes data.extra_fraction.
-        output: folder of the run; None: nothing is written.
+        output: folder of the run; None: nothing is written. What another run left there is deleted, unless `resume`.
         resume: go on from output/state.pt.
         on_epoch: called with each epoch's metrics, in the first process.
         on_step: called with (step, steps in all, images of the step), in the first process.
