@@ -57,9 +57,10 @@ def test_quick_makes_each_part(quick: Path) -> None:
             assert all(job.done for job in wanted)
     results = json.loads((quick / "results" / "report" / "results.json").read_text())
     assert results["missing"] == []
-    assert {*results["sweep"]} == {"mlp standard", "mlp AT 0.1"}
+    assert {*results["sweep"]} == {"mlp standard", "mlp AT 0.1", "mlp-bn AT 0.1"}
     finals = plan.final_specs(choices)
     assert {*results["final"]} == {*finals}
+    assert "mlp-bn AT 0.1, equal cost" in finals
     assert all(found["seeds"] == [0, 1] for found in results["final"].values())
     assert len(results["masking"]["models"]) == 2 * len(finals)
     assert {*results["predict"]["0.1"]["probabilistic margin"]} == {

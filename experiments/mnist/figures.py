@@ -115,10 +115,14 @@ def _ablation(path: Path, results: Mapping[str, Any]) -> None:
 
 def _curves(path: Path, plan: Plan, models: Mapping[str, Any]) -> None:
     """PGD's accuracy against epsilon, a panel for each net; thin lines are seeds."""
-    nets = plan.settings.final_nets
-    figure = Figure(figsize=(5.5 * len(nets), 4.2))
-    panels = np.atleast_1d(figure.subplots(1, len(nets), sharey=True))
-    for ax, net in zip(panels, nets, strict=True):
+    nets = list(dict.fromkeys(found["method"].split()[0] for found in models.values()))
+    columns = min(2, len(nets))
+    height = -(-len(nets) // columns)
+    figure = Figure(figsize=(5.5 * columns, 3.8 * height + 0.4))
+    panels = np.atleast_1d(figure.subplots(height, columns, sharey=True)).flatten()
+    for ax in panels[len(nets) :]:
+        ax.set_axis_off()
+    for ax, net in zip(panels, nets, strict=False):
         methods = [m for m in dict.fromkeys(f["method"] for f in models.values()) if m.startswith(f"{net} ")]
         methods = [m for m in methods if "equal cost" not in m]
         for number, method in enumerate(methods):

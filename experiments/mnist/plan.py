@@ -39,16 +39,21 @@ class Plan:
         self.output, self.settings = output, settings
 
     def sweep_bases(self) -> list[Base]:
-        """What has a sweep of its own: nets of the final comparison at all that they are trained with, and the
-        others of the ablation at its radius."""
+        """What has a sweep of its own: all but TRADES, net by net."""
         given = self.settings
-        bases: list[Base] = []
-        for net in given.nets:
-            bases.append((net, "standard", 0.0))
-            radii = set(given.epsilons) if net in given.final_nets else set()
-            radii |= {given.ablation_epsilon} if net in given.ablation_at else set()
-            bases += [(net, "at", epsilon) for epsilon in sorted(radii)]
-        return bases
+        adversarial = [(net, "at", given.ablation_epsilon) for net in given.ablation_at]
+        wanted = {*((net, "standard", 0.0) for net in given.nets), *adversarial}
+        wanted |= {base for base in self.final_bases() if base[1] != "trades"}
+        nets = tuple(dict.fromkeys((*given.nets, *given.final_nets, *given.final_at)))
+        return sorted(wanted, key=lambda base: (nets.index(base[0]), base[1] != "standard", base[2]))
+
+    def final_bases(self) -> list[Base]:
+        """What the final comparison trains, with EMR and without."""
+        given, bases = self.settings, []
+        for net in given.final_nets:
+            bases += [(net, "standard", 0.0), *((net, "at", epsilon) for epsilon in given.epsilons)]
+            bases.append((net, "trades", given.trades_epsilon))
+        return list(dict.fromkeys([*bases, *((net, "at", given.ablation_epsilon) for net in given.final_at)]))
 
     def sweep_specs(self, base: Base) -> dict[EMR | None, Spec]:
         """The candidates of one sweep by their settings; None: without EMR."""
@@ -83,14 +88,12 @@ class Plan:
 
     def final_specs(self, choices: Choices) -> dict[str, list[Spec]]:
         """Methods by name, such as "mlp AT 0.2 + EMR"; a spec for each seed."""
-        given, result = self.settings, {}
-        for net in given.final_nets:
-            bases: list[Base] = [(net, "standard", 0.0), *((net, "at", epsilon) for epsilon in given.epsilons)]
-            for base in [*bases, (net, "trades", given.trades_epsilon)]:
-                plain = self._seeds(base, None)
-                result[base_title(base)] = plain
-                result[f"{base_title(base)} + EMR"] = self._seeds(base, _chosen(choices, base))
-                result[f"{base_title(base)}, equal cost"] = [at_equal_cost(spec, given) for spec in plain]
+        result = {}
+        for base in self.final_bases():
+            plain = self._seeds(base, None)
+            result[base_title(base)] = plain
+            result[f"{base_title(base)} + EMR"] = self._seeds(base, _chosen(choices, base))
+            result[f"{base_title(base)}, equal cost"] = [at_equal_cost(spec, self.settings) for spec in plain]
         return result
 
     def ablation_specs(self, choices: Choices) -> dict[tuple[Base, EMR | None], list[Spec]]:
@@ -109,8 +112,10 @@ class Plan:
 
     def sources(self, spec: Spec, finals: Mapping[str, list[Spec]]) -> tuple[Spec, ...]:
         """Whose adversarial examples are tried on a final model: the same method's of the next seed, the seed's
-        counterpart with or without EMR, the same method's of another net, and standard training's."""
-        among = [other for specs in finals.values() for other in specs]
+        counterpart with or without EMR, the same method's of the other nets that are trained by all methods, and
+        standard training's."""
+        nets = {spec.net, *self.settings.final_nets}
+        among = [other for specs in finals.values() for other in specs if other.net in nets]
         seeds, has_emr = self.settings.seeds, spec.emr is not None
         following = seeds[(seeds.index(spec.seed) + 1) % len(seeds)]
 

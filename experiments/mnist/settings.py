@@ -11,11 +11,12 @@ class Settings:
 
     train_images, validation_images, attacked: the first so many of the training split, of the images held out of it,
     and of the test images. nets: of the ablation, in standard training; ablation_at: of them also adversarially, at
-    ablation_epsilon. final_nets: of the final comparison. standard_epsilon: at which standard training is validated and
-    diagnosed. trades_epsilon: of the training attack. burn_in_epsilon, burn_in_share: the radius of the first epochs,
-    where the attack's is larger, and their share: without it small networks learn nothing but the commonest class.
-    ensemble: the attacks of AutoAttack; none: its standard version. white_box: what Square is compared with.
-    diagnosed: images for the diagnosis; distances: of them for FAB.
+    ablation_epsilon. final_nets: of the final comparison; final_at: of its adversarial training at ablation_epsilon
+    alone. standard_epsilon: at which standard training is validated and diagnosed. trades_epsilon: of the training
+    attack. burn_in_epsilon, burn_in_share: the radius of the first epochs, where the attack's is larger, and their
+    share: without it small networks learn nothing but the commonest class. ensemble: the attacks of AutoAttack; none:
+    its standard version. white_box: what Square is compared with. diagnosed: images for the diagnosis; distances: of
+    them for FAB.
     """
 
     data: str = "mnist"
@@ -26,6 +27,7 @@ class Settings:
     distances: int = 100
     nets: tuple[str, ...] = ("mlp", "mlp-bn", "cnn", "cnn-bn")
     final_nets: tuple[str, ...] = ("mlp", "cnn")
+    final_at: tuple[str, ...] = ("mlp-bn", "cnn-bn")
     ablation_at: tuple[str, ...] = ("mlp", "mlp-bn")
     widths: tuple[int, ...] = (128, 128)
     cnn_width: int = 8
@@ -68,6 +70,7 @@ QUICK = Settings(
     distances=2,
     nets=("mlp",),
     final_nets=("mlp",),
+    final_at=("mlp-bn",),
     ablation_at=("mlp",),
     widths=(16,),
     cnn_width=2,
