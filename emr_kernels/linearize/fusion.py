@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections import Counter
 from collections.abc import Collection
@@ -12,6 +13,9 @@ from emr_kernels.linearize.graph import Graph, Node, Ref
 from emr_kernels.linearize.rules import Rule, rule_for_node
 from emr_kernels.linearize.rules.activations import ReluRule
 from emr_kernels.linearize.rules.attention import AttentionRule
+from emr_kernels.linearize.rules.convolution import LinearRule
+from emr_kernels.linearize.rules.flattened import FlattenedLinearRule
+from emr_kernels.linearize.rules.linear_maps import ReshapeRule
 from emr_kernels.linearize.rules.matrix_products import MatrixProductRule
 from emr_kernels.linearize.rules.normalization import AffineReluRule, BatchNormCall
 from emr_kernels.linearize.rules.residual import AffineAddReluRule
@@ -25,12 +29,13 @@ _QUOTIENTS = {aten.div.Tensor, aten.div.Scalar}
 _SCALINGS = {aten.mul.Tensor, aten.mul.Scalar, *_QUOTIENTS}
 
 
-def fuse(graph: Graph, kept: Collection[int]) -> list[Rule]:
+def fuse(graph: Graph, kept: Collection[int], fixed: bool = False) -> list[Rule]:
     """The rules that run the graph's body, in order; a value in `kept` stays a value of its own.
 
     BatchNorm (evaluation statistics) followed by nothing but a ReLU or LeakyReLU becomes one rule, and so does
     BatchNorm followed by nothing but the addition of a shortcut and that by nothing but the ReLU. Attention written out
-    becomes the rule of `scaled_dot_product_attention`.
+    becomes the rule of `scaled_dot_product_attention`. With `fixed` parameters, whose gradients nobody asks for, images
+    that are flattened for nothing but a linear layer become one rule with it.
     """
     finder = _Finder(graph, kept)
     swallowed: set[int] = set()
@@ -42,6 +47,8 @@ def fuse(graph: Graph, kept: Collection[int]) -> list[Rule]:
             fused = finder.affine(node, rule.slope) or finder.affine_with_skip(node, rule.slope)
         elif isinstance(rule, MatrixProductRule):
             fused = finder.attention(node)
+        elif isinstance(rule, LinearRule) and fixed:
+            fused = finder.flattened(node)
         if fused is not None:
             rule, parts = fused
             swallowed.update(part.index for part in parts)
@@ -112,6 +119,19 @@ class _Finder:
         name = "+".join(part.name for part in (*reversed(chain), product))
         active = tuple(ref.index for ref in operands)
         return AttentionRule(Node(product.index, name, target, args, active)), chain
+
+    def flattened(self, layer: Node) -> tuple[FlattenedLinearRule, list[Node]] | None:
+        """Images [N, C, H, W] made rows [N, C·H·W], and the linear layer."""
+        reshape = self._only_feeds(layer.args[0])
+        if reshape is None or not isinstance(rule_for_node(reshape), ReshapeRule) or not reshape.is_active(0):
+            return None
+        source, rows = self.shapes.get(reshape.args[0].index, ()), self.shapes.get(reshape.index, ())
+        pixels = [extent for extent in source[1:] if extent is not None]
+        if len(source) != 4 or len(pixels) != 3 or len(rows) != 2 or rows[1] != math.prod(pixels):
+            return None
+        name = f"{reshape.name}+{layer.name}"
+        fused = Node(layer.index, name, layer.target, (reshape.args[0], *layer.args[1:]), reshape.active, layer.weights)
+        return FlattenedLinearRule(fused), [reshape]
 
     def _softmax(self, value: object) -> tuple[list[Node], Node | None]:
         """Softmax over the last extent if it makes the value and feeds nothing else, and the call before it."""

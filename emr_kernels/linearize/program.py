@@ -39,27 +39,31 @@ class Program:
     Args:
         graph: the exported forward.
         taps: values at which cotangents are taken and tangents put in; `graph.input` for x itself.
+        fixed: whether nobody asks for gradients in parameters.
     """
 
-    def __init__(self, graph: Graph, taps: Sequence[int]) -> None:
+    def __init__(self, graph: Graph, taps: Sequence[int], fixed: bool = False) -> None:
         self.graph = graph
         self.taps = tuple(taps)
-        self.rules: list[Rule] = fuse(graph, {*taps, graph.output})
+        self.rules: list[Rule] = fuse(graph, {*taps, graph.output}, fixed)
         self.is_active = [bool(rule.node.active or rule.node.weights) for rule in self.rules]
         self.planner = Planner(graph, self.rules, self.taps)
         self._paths = [(binding, binding.name.split(".")) for binding in graph.bindings]
         self.image_like = any("conv2d" in str(rule.node.target) for rule in self.rules)
         self._to_freeze: set[int] = set()
+        self._fixed: Program | None = None
 
     def frozen(self) -> Program:
-        """A copy for a model whose parameters and buffers stay as they are as long as the copy is used.
+        """A program for `forward`, `vjp` and `jvp` while the model's parameters and buffers stay as they are.
 
         What follows from them alone (BatchNorm's map, weights in the layout of the convolution library) is computed at
         the first forward and kept.
         """
-        program = copy.copy(self)
-        program.rules = list(self.rules)
-        program._to_freeze = set(range(len(self.rules)))
+        if self._fixed is None:
+            self._fixed = Program(self.graph, self.taps, fixed=True)
+        program = copy.copy(self._fixed)
+        program.rules = list(program.rules)
+        program._to_freeze = set(range(len(program.rules)))
         return program
 
     def plan(self, wanted: tuple[bool, ...], first_order: bool = False, moving: bool = False) -> Plan:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import zoo
 from emr_kernels.linearize import LinearizedPoint
 from emr_kernels.linearize.cache import find_program
 from emr_kernels.linearize.program import Program
+from emr_kernels.linearize.rules.flattened import FlattenedLinearRule
 from emr_kernels.linearize.rules.packed import PackedConvolution, linear
 from zoo import Entry
 
@@ -51,6 +53,58 @@ def test_a_frozen_copy_keeps_its_numbers_and_the_program_does_not() -> None:
     torch.testing.assert_close(passes(frozen, model, x)[0], before, rtol=0, atol=0)
     torch.testing.assert_close(passes(program, model, x)[0], model(x).detach(), rtol=1e-4, atol=1e-4)
     assert not torch.allclose(passes(program, model, x)[0], before, atol=1e-2)
+
+
+class Flattening(nn.Module):
+    """A convolution, and a linear layer on what it makes, flattened in one of the usual ways."""
+
+    def __init__(self, flatten: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.convolution, self.layer, self.flatten = nn.Conv2d(3, 5, 3), nn.Linear(5 * 4 * 3, 7), flatten
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.layer(self.flatten(self.convolution(x).relu()))
+        return logits
+
+
+WAYS: dict[str, Callable[[Tensor], Tensor]] = {
+    "flatten": lambda x: x.flatten(1),
+    "view": lambda x: x.contiguous().view(x.shape[0], -1),
+    "reshape": lambda x: x.reshape(-1, 60),
+    "read twice": lambda x: x.flatten(1) * x.flatten(1).sigmoid(),
+    "other rows": lambda x: x.reshape(x.shape[0], 5, 12).flatten(1),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("way", WAYS)
+def test_flattened_images_meet_a_linear_layer_in_their_own_order(way: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    exact = dtype if dtype is torch.float64 else torch.float32
+    model = Flattening(WAYS[way]).to(exact).eval()
+    x = torch.rand(6, 3, 6, 5, dtype=exact)
+    program = find_program(model, x).frozen()
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
+        logits, gradient = passes(program, model, x)
+        found, _ = passes(program, model, x[:4])
+    leaf = x.clone().requires_grad_()
+    expected = model(leaf)
+    (expected_gradient,) = torch.autograd.grad(expected, leaf, torch.linspace(-1, 1, 42, dtype=exact).view(6, 7))
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.03}[dtype]
+    torch.testing.assert_close(logits.to(exact), expected.detach(), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(found.to(exact), expected[:4].detach(), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(gradient.to(exact), expected_gradient, rtol=tolerance, atol=tolerance)
+    fused = [rule for rule in program.rules if isinstance(rule, FlattenedLinearRule)]
+    assert len(fused) == (way in ("flatten", "view", "reshape"))
+    # float64 images stay as they come; the others are channels_last, and so is what comes back.
+    for rule in fused:
+        assert (rule._ordered is None) == (dtype is torch.float64)
+        point = LinearizedPoint.at(program, model, x)
+        direction = torch.rand_like(x)
+        tangent = program.jvp(point._point, (direction,))
+        assert tangent is not None
+        seed = torch.rand_like(point.logits)
+        torch.testing.assert_close((tangent * seed).sum(), (direction * point.vjp(seed)).sum())
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from emr_kernels.linearize.graph import Graph, Node, Ref, resolve
 from emr_kernels.linearize.program import Program
+from emr_kernels.linearize.rules.flattened import by_pixels
 from emr_kernels.linearize.rules.packed import PackedConvolution
 from emr_kernels.linearize.rules.packed import linear as linear_layer
 from emr_kernels.ops import read_windows, write_windows
@@ -170,7 +171,7 @@ class Incremental:
         if linear.target is not aten.linear.default or linear.args[0] != Ref(flat.index) or readers[flat.index] != 1:
             return None
         weight: Tensor = resolve(linear.args[1:2], values)[0]
-        ordered = weight.view(len(weight), channels, height, width).permute(0, 2, 3, 1).reshape(len(weight), -1)
+        ordered = by_pixels(weight, (channels, height, width))
         (bias,) = resolve(linear.args[2:], values) if len(linear.args) > 2 else (None,)
         return lambda x: linear_layer(x, ordered, bias)
 
