@@ -91,6 +91,16 @@ def contest_figure(path: Path, title: str, cases: Mapping[str, Any]) -> Path:
     return _save(figure, path)
 
 
+def _apart(sizes: Sequence[int]) -> list[int]:
+    """Those whose labels have room on a logarithmic axis, from the largest down."""
+    room = (sizes[-1] / sizes[0]) ** (1 / 12)
+    told = [sizes[-1]]
+    for size in reversed(sizes[:-1]):
+        if told[-1] >= size * room:
+            told.append(size)
+    return told[::-1]
+
+
 def scaling_figure(path: Path, axes: Mapping[str, Any]) -> Path:
     """Time above, memory below, a column for each axis; the slope in the legend."""
     drawn = {name: axis for name, axis in axes.items() if axis.get("points")}
@@ -110,7 +120,8 @@ def scaling_figure(path: Path, axes: Mapping[str, Any]) -> Path:
             ax.minorticks_off()
             ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if max(values) < 30 * min(values) else (1.0,)))
             ax.yaxis.set_major_formatter("{x:g}")
-            ax.set_xticks(sizes, [str(size) for size in sizes], rotation=90 if len(sizes) > 6 else 0)
+            told = _apart(sizes)
+            ax.set_xticks(told, [str(size) for size in told], rotation=90 if len(told) > 6 else 0)
             _clean(ax, "both")
         grid[0][column].set_title(name, fontsize=10, color=INK)
         grid[1][column].set_xlabel(axis["unit"], fontsize=8, color=INK)
