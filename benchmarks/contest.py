@@ -26,6 +26,7 @@ from benchmarks.measure import (
 )
 from benchmarks.products import Passes, alone, roofline
 from benchmarks.setting import PRECISIONS, Setting
+from emr_kernels import keep_memory
 
 #: What a contender found, in groups; the worst group counts.
 Answer = Mapping[str, "list[Tensor]"]
@@ -229,6 +230,7 @@ def main(contest: Contest, doc: str | None, model: str, batch: int) -> None:
     options = parser.parse_args()
     if options.memory_of:
         return tell_memory(contest, options.memory_of)
+    keep_memory()
     setting = Setting(
         options.model, options.batch, options.device, options.precision, options.classes, options.resolution
     )

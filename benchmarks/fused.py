@@ -7,15 +7,14 @@ and written. The operators read the input and write y and one bit for each eleme
 and write its product: 16.25 bytes for each float32 element. Eager PyTorch computes the same two tensors.
 
 Every contender is timed under two allocators: glibc's default, which gives large tensors back to the system and pays a
-page fault for every 4 KiB of a fresh one, and one that keeps memory. Times are medians of interleaved repetitions, each
-allocator in a process of its own.
+page fault for every 4 KiB of a fresh one, and as `emr_kernels.keep_memory` sets it. Times are medians of interleaved
+repetitions, each allocator in a process of its own.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import resource
 import statistics
 import subprocess
@@ -29,12 +28,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from benchmarks.measure import WARM_ALLOCATOR, environment, write_json
+from benchmarks.measure import environment, write_json
 from benchmarks.setting import FORMATS
-from emr_kernels import _extension, ops
+from emr_kernels import _extension, keep_memory, ops
 
 SHAPES = ((32, 160, 32, 32), (128, 160, 32, 32))
-ALLOCATORS = {"default": {}, "keeps memory": WARM_ALLOCATOR}
+ALLOCATORS = ("default", "keeps memory")
 #: Bytes read and written for each element.
 MOVED = {"copy": 8, "forward": 8 + 1 / 8, "backward": 8 + 1 / 8, "fused": 16 + 1 / 4}
 
@@ -115,8 +114,8 @@ def in_own_process(allocator: str, options: argparse.Namespace) -> list[dict[str
     """`measure` for every shape and memory format, under an allocator."""
     command = [sys.executable, "-m", "benchmarks.fused", "--inside"]
     command += ["--threads", str(options.threads), "--repetitions", str(options.repetitions)]
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
-    run = subprocess.run(command, capture_output=True, text=True, env={**clean, **ALLOCATORS[allocator]})
+    command += ["--keep"] if allocator == "keeps memory" else []
+    run = subprocess.run(command, capture_output=True, text=True)
     if run.returncode != 0:
         sys.exit(run.stderr or run.stdout)
     found: list[dict[str, Any]] = json.loads(run.stdout.splitlines()[-1])
@@ -151,8 +150,11 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=15)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--keep", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    if options.keep and not keep_memory():
+        sys.exit("error: this C library cannot be told to keep memory; expected glibc")
     if options.inside:
         cases = [
             {"shape": shape, "layout": layout, "seconds": measure(shape, layout, options.repetitions)}

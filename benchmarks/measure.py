@@ -22,8 +22,6 @@ from torch.profiler import ProfilerActivity, profile
 from emr_kernels import _nvcc
 
 ROOT = Path(__file__).resolve().parent.parent
-#: Has glibc take all memory from its heap and never return any, so that an allocation is warm after the first one.
-WARM_ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**46), "MALLOC_TOP_PAD_": str(2**26)}
 Step = Callable[[], Any]
 # The profiler tells of its beginning and end otherwise, and of memory that was there before.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")

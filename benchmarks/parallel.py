@@ -19,6 +19,7 @@ import torch
 
 from benchmarks.measure import environment, in_own_process, write_json
 from benchmarks.throughput.tables import parallel_table, print_tables
+from emr_kernels import keep_memory
 from emr_training.config import make_config
 from emr_training.data import Data
 from emr_training.training import train
@@ -29,6 +30,7 @@ EPOCHS = 3
 def one(model: str, batch: int, processes: int, device: str, precision: str, steps: int, threads: int) -> float | None:
     """Images per second of a run; None but in the first process."""
     torch.set_num_threads(threads)
+    keep_memory()
     generator = torch.Generator().manual_seed(0)
     count = steps * batch
     data = Data(torch.rand(count, 3, 32, 32, generator=generator), torch.randint(10, (count,), generator=generator))

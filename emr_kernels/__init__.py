@@ -11,6 +11,7 @@ from emr_kernels.info import info
 from emr_kernels.linearize import UnsupportedModelError, linearize
 from emr_kernels.loss import EMRLoss
 from emr_kernels.margins import effective_margins, effective_weight_norms, effective_weights
+from emr_kernels.memory import keep_memory
 from emr_kernels.penalty import EffectiveWeightPenalty
 from emr_kernels.robust import robust_loss
 
@@ -25,6 +26,7 @@ __all__ = [
     "effective_weight_norms",
     "effective_weights",
     "info",
+    "keep_memory",
     "linearize",
     "robust_loss",
 ]

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +19,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.gpu_check import digest
-from benchmarks.measure import ROOT, WARM_ALLOCATOR
+from benchmarks.measure import ROOT
 from benchmarks.micro import rows, table
 
 
@@ -46,7 +45,7 @@ def main() -> int:
     command += ["--threads", str(options.threads)] if options.threads else []
     command += ["-k", expression] if expression else []
     command += ["--benchmark-json", str(options.rounds.resolve())] if options.rounds else []
-    code = subprocess.run(command, env={**os.environ, **WARM_ALLOCATOR}, cwd=ROOT).returncode
+    code = subprocess.run(command, cwd=ROOT).returncode
     if not unfinished.exists():
         return code or 1
     about, found = rows.read(unfinished)

@@ -12,6 +12,7 @@ import torch
 from benchmarks.measure import environment
 from benchmarks.micro import timing
 from benchmarks.micro.rows import KEY, key_of, read
+from emr_kernels import keep_memory
 
 #: Sizes that are measured on a device: those that differ most.
 SIZES = {"cpu": "0,1,2", "cuda": "0,1,3"}
@@ -28,6 +29,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if config.option.sizes is None:
         config.option.sizes = SIZES[config.option.device]
+    keep_memory()
 
 
 class Rows:

@@ -31,6 +31,7 @@ from benchmarks.throughput import compare, figures, profiling
 from benchmarks.throughput.files import read
 from benchmarks.throughput.sections import SECTIONS, Wanted, settings
 from benchmarks.throughput.tables import print_tables
+from emr_kernels import keep_memory
 
 
 def parser() -> argparse.ArgumentParser:
@@ -136,6 +137,7 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    keep_memory()
     folder = options.figures or output.parent
     print(f"{device_name(device)}, {torch.get_num_threads()} threads, torch {torch.__version__}\n", flush=True)
     if options.profile:

@@ -58,8 +58,10 @@ def train(
             options = merge(options, {key: given})
     settings = make_config(options)
 
+    from emr_kernels import keep_memory
     from emr_training.training.command import run
 
+    keep_memory()
     stopped = run(settings, output, console, resume=resume, overwrite=overwrite)
     if stopped in ("SIGTERM", "SIGINT"):
         sys.exit({"SIGTERM": 143, "SIGINT": 130}[stopped])
@@ -100,8 +102,10 @@ def demo(
     epochs: Annotated[int, typer.Option(min=1, help="Epochs of every run, also while choosing settings.")] = 40,
 ) -> None:
     """Compare standard, EMR, AT and AT-EMR training on real digits: one table, three figures."""
+    from emr_kernels import keep_memory
     from emr_training.demo import DemoSettings, run_demo
 
+    keep_memory()
     run_demo(output, console, DemoSettings(seed=seed, epochs=epochs))
 
 
@@ -141,6 +145,7 @@ def evaluate(
 
     Results are kept as attacks end: what the output holds is not repeated, and a killed AutoAttack goes on.
     """
+    from emr_kernels import keep_memory
     from emr_training.evaluation import Settings
     from emr_training.evaluation.command import Job, parse_epsilons, pick_device, run
     from emr_training.evaluation.names import parse_attacks
@@ -154,6 +159,7 @@ def evaluate(
         if given is not None:
             options = merge(options, {key: given})
     names = parse_attacks(attacks)
+    keep_memory()
     loaded = load_subject(subject, options, which=checkpoint, trust=trust)
     settings = Settings(
         names,
