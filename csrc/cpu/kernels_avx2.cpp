@@ -1,4 +1,5 @@
 // The kernels compiled for AVX2, FMA and F16C.
+#include "hyperplane.h"
 #include "kernels.h"
 #include "margins.h"
 #include "products.h"
@@ -28,6 +29,7 @@ namespace avx2 {
 #include "masked_gemm.inc"
 #include "pairwise_margins.inc"
 #include "steps.inc"
+#include "hyperplane.inc"
 #include "exp_log.inc"
 #include "smooth.inc"
 #include "rows.inc"
@@ -42,6 +44,7 @@ DifferenceNorm difference_norm_avx2(Dtype dtype, NormOrder order) {
   return avx2::difference_norm_for(dtype, order);
 }
 SquareSum square_sum_avx2(Dtype dtype) { return avx2::square_sum_of(dtype); }
+HyperplaneKernel hyperplane_kernel_avx2(Dtype dtype, bool l2) { return avx2::hyperplane_kernel_for(dtype, l2); }
 const StepKernels& step_kernels_avx2(Dtype x, Dtype gradient) { return avx2::step_kernels_of(x, gradient); }
 const RowKernels& row_kernels_avx2(Dtype dtype) { return avx2::row_table(dtype); }
 SmoothKernel smooth_kernel_avx2(Dtype dtype, Smooth kind, bool both) {

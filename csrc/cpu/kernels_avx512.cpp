@@ -1,4 +1,5 @@
 // The kernels compiled for AVX-512 F, BW, DQ and VL.
+#include "hyperplane.h"
 #include "kernels.h"
 #include "margins.h"
 #include "products.h"
@@ -28,6 +29,7 @@ namespace avx512 {
 #include "masked_gemm.inc"
 #include "pairwise_margins.inc"
 #include "steps.inc"
+#include "hyperplane.inc"
 #include "exp_log.inc"
 #include "smooth.inc"
 #include "rows.inc"
@@ -42,6 +44,7 @@ DifferenceNorm difference_norm_avx512(Dtype dtype, NormOrder order) {
   return avx512::difference_norm_for(dtype, order);
 }
 SquareSum square_sum_avx512(Dtype dtype) { return avx512::square_sum_of(dtype); }
+HyperplaneKernel hyperplane_kernel_avx512(Dtype dtype, bool l2) { return avx512::hyperplane_kernel_for(dtype, l2); }
 const StepKernels& step_kernels_avx512(Dtype x, Dtype gradient) { return avx512::step_kernels_of(x, gradient); }
 const RowKernels& row_kernels_avx512(Dtype dtype) { return avx512::row_table(dtype); }
 SmoothKernel smooth_kernel_avx512(Dtype dtype, Smooth kind, bool both) {

@@ -1,4 +1,5 @@
 // The kernels compiled for what every processor of the architecture has (SSE2 on x86-64).
+#include "hyperplane.h"
 #include "kernels.h"
 #include "margins.h"
 #include "products.h"
@@ -32,6 +33,7 @@ __attribute__((noinline)) static uint16_t float_to_half(float value) {
 #include "masked_gemm.inc"
 #include "pairwise_margins.inc"
 #include "steps.inc"
+#include "hyperplane.inc"
 #include "exp_log.inc"
 #include "smooth.inc"
 #include "rows.inc"
@@ -46,6 +48,7 @@ DifferenceNorm difference_norm_baseline(Dtype dtype, NormOrder order) {
   return baseline::difference_norm_for(dtype, order);
 }
 SquareSum square_sum_baseline(Dtype dtype) { return baseline::square_sum_of(dtype); }
+HyperplaneKernel hyperplane_kernel_baseline(Dtype dtype, bool l2) { return baseline::hyperplane_kernel_for(dtype, l2); }
 const StepKernels& step_kernels_baseline(Dtype x, Dtype gradient) { return baseline::step_kernels_of(x, gradient); }
 const RowKernels& row_kernels_baseline(Dtype dtype) { return baseline::row_table(dtype); }
 SmoothKernel smooth_kernel_baseline(Dtype dtype, Smooth kind, bool both) {
