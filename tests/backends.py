@@ -6,6 +6,9 @@ tensors, which takes milliseconds for every program: launch tens of them in a te
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -67,3 +70,22 @@ BACKENDS = (
         else (Backend("triton", "cpu"),)
     ),
 )
+
+
+def run_on_instruction_set(index: int, files: list[str], expression: str | None = None) -> None:
+    """Run the tests of these files, those that pytest's `-k` expression selects, on one of the processor's lower
+    instruction sets. Skips the test where it is not compiled in, not supported, or what all tests run on."""
+    _extension.prepare()
+    module = _extension.facts_module() if _extension.library is not None else None
+    if module is None:
+        pytest.skip(f"no compiled operators: {_extension.reason}")
+    facts = module.facts()
+    names = facts["instruction_sets"]
+    if index >= len(names) or names.index(facts["instruction_set"]) <= index:
+        pytest.skip("not compiled in, not supported here, or what the other tests run")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
+    command += ["-k", expression] if expression else []
+    environment = {**os.environ, "EMR_CPU_ISA": names[index], "PYTHONPATH": os.pathsep.join(sys.path)}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
+    assert "skipped" not in result.stdout

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
-import subprocess
 import sys
 from itertools import product
 from typing import Any
@@ -15,7 +13,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from backends import BACKENDS, DTYPES, Backend
+from backends import BACKENDS, DTYPES, Backend, run_on_instruction_set
 from emr_kernels import _extension, ops
 
 # The package exports a function of the module's name.
@@ -127,27 +125,7 @@ def test_backends_match_reference(unaligned: bool, dtype: torch.dtype, backend: 
 @pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("index", range(3))
 def test_every_instruction_set(index: int) -> None:
-    module = _extension.facts_module()
-    assert module is not None
-    facts = module.facts()
-    names = facts["instruction_sets"]
-    if index >= len(names) or names.index(facts["instruction_set"]) <= index:
-        pytest.skip("not compiled in, not supported here, or what the other tests run")
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-k",
-        "(match or special) and cpu-cpu",
-        __file__,
-    ]
-    environment = {**os.environ, "EMR_CPU_ISA": names[index], "PYTHONPATH": os.pathsep.join(sys.path)}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout
-    assert "skipped" not in result.stdout
+    run_on_instruction_set(index, [__file__], "(match or special) and cpu-cpu")
 
 
 @pytest.mark.parametrize("backend", BACKENDS, ids=str)

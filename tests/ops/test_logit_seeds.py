@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
-import subprocess
-import sys
 from itertools import product
 from typing import Any
 
@@ -14,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from backends import BACKENDS, DTYPES, Backend
-from emr_kernels import _extension, ops
+from backends import BACKENDS, DTYPES, Backend, run_on_instruction_set
+from emr_kernels import ops
 
 # The package exports a function of the module's name.
 reference = importlib.import_module("emr_kernels.ops.logit_seeds")
@@ -246,21 +243,7 @@ def test_same_for_any_number_of_threads() -> None:
 
 @pytest.mark.parametrize("index", range(3))
 def test_every_instruction_set(index: int) -> None:
-    ops.pack_bits(torch.zeros(1, dtype=torch.bool))
-    if _extension.library is None:
-        pytest.skip(f"no compiled operators: {_extension.reason}")
-    module = _extension.facts_module()
-    assert module is not None
-    facts = module.facts()
-    names = facts["instruction_sets"]
-    if index >= len(names) or names.index(facts["instruction_set"]) <= index:
-        pytest.skip("not compiled in, not supported here, or what the other tests run")
-    files = [__file__, __file__.replace("logit_seeds", "robust_losses")]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "cpu-cpu", *files]
-    environment = {**os.environ, "EMR_CPU_ISA": names[index], "PYTHONPATH": os.pathsep.join(sys.path)}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout
-    assert "skipped" not in result.stdout
+    run_on_instruction_set(index, [__file__, __file__.replace("logit_seeds", "robust_losses")], "cpu-cpu")
 
 
 def test_opcheck() -> None:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
-import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from backends import BACKENDS, DTYPES, Backend
-from emr_kernels import _extension, ops
+from backends import BACKENDS, DTYPES, Backend, run_on_instruction_set
+from emr_kernels import ops
 from emr_kernels.ops.masked_chain import masked_chain_reference
 from emr_kernels.ops.masked_gemm import masked_gemm_reference
 
@@ -208,19 +205,8 @@ def test_results_do_not_depend_on_threads() -> None:
 
 @pytest.mark.parametrize("index", range(3))
 def test_every_instruction_set(index: int) -> None:
-    module = _extension.facts_module()
-    if module is None:
-        pytest.skip(f"no compiled operators: {_extension.reason}")
-    facts = module.facts()
-    names = facts["instruction_sets"]
-    if index >= len(names) or names.index(facts["instruction_set"]) <= index:
-        pytest.skip("not compiled in, not supported here, or what the other tests run")
     files = [__file__, str(Path(__file__).with_name("test_pairwise_margins.py"))]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "match and cpu-cpu", *files]
-    environment = {**os.environ, "EMR_CPU_ISA": names[index], "PYTHONPATH": os.pathsep.join(sys.path)}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout
-    assert "skipped" not in result.stdout
+    run_on_instruction_set(index, files, "match and cpu-cpu")
 
 
 def test_public_functions() -> None:

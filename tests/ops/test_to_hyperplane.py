@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from backends import DTYPES
+from backends import DTYPES, run_on_instruction_set
 from emr_kernels import ops
 from emr_kernels.ops.to_hyperplane import to_hyperplane_reference
 
@@ -74,6 +74,11 @@ def test_an_infinite_weight_takes_no_way_at_all(function: Any) -> None:
     d, length = function(torch.full((2, 3), 0.5), w, torch.tensor([1.0, 2.5]), "l2")
     assert not d[0].any() and length[0] == 0
     torch.testing.assert_close((w[1] * d[1]).sum(), torch.tensor(-2.5))
+
+
+@pytest.mark.parametrize("index", range(2))
+def test_every_instruction_set(index: int) -> None:
+    run_on_instruction_set(index, [__file__], "reference or infinite")
 
 
 def test_opcheck() -> None:
