@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import contest, effective_weights, margins, penalty, scaling, training
+from benchmarks import attacks, contest, effective_weights, margins, penalty, scaling, training
 from benchmarks.contest import BOUND, Contender, Options, Runner
 from benchmarks.micro import check
 from benchmarks.products import Passes, calls_of, roofline
@@ -88,9 +88,68 @@ def test_other_answers_and_errors_are_told_and_not_timed() -> None:
 
 
 def test_ours_is_not_timed_where_float64_differs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(contest, "exact_difference", lambda *_: 1e-5)
+    monkeypatch.setattr(contest, "exact_differences", lambda *_: {"emr_kernels": 1e-5})
     found = contest.run(effective_weights.CONTEST, TINY, Options(1, memory=False))["contenders"]
     assert "in float64" in found["emr_kernels, nchw"]["failed"] and "seconds" in found["autograd, nchw"]
+
+
+def test_a_step_without_the_penalty_is_another_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    # At the precision that is timed its part of the gradient is less than what rounding does to the attack.
+    def forgetful(setting: Setting, layout: str) -> Runner:
+        runner = training.released(setting, layout)
+
+        def step() -> Any:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(training, "STRENGTH", 0.0)
+                return runner.step()
+
+        return Runner(step, runner.answer)
+
+    ways = {"released step, eager": Contender(training.released), "forgetful": Contender(forgetful)}
+    held = replace(training.CONTEST, ways=ways)
+    found = contest.run(held, TINY, Options(1, memory=False))["contenders"]
+    assert found["forgetful, nchw"]["difference"] < training.CONTEST.tolerance["fp32"]
+    assert "in float64 it differs by" in found["forgetful, nchw"]["failed"]
+    assert "seconds" in found["released step, eager, nchw"]
+
+
+def test_attacks_that_do_nothing_or_too_much_are_other_answers() -> None:
+    def idle(setting: Setting, layout: str) -> Runner:
+        right = attacks.eager(setting, layout)
+        x = setting.make(layout)[1]
+        return Runner(lambda: x, right.answer)
+
+    def outside(setting: Setting, layout: str) -> Runner:
+        right = attacks.eager(setting, layout)
+
+        def step() -> torch.Tensor:
+            found: torch.Tensor = right.step()
+            found[0, 0, 0, 0] = 1.001
+            return found
+
+        return Runner(step, right.answer)
+
+    ways = {"eager": Contender(attacks.eager), "idle": Contender(idle), "outside": Contender(outside)}
+    held = replace(attacks.CONTEST, ways=ways, exact=False)
+    found = contest.run(held, TINY, Options(1, memory=False))["contenders"]
+    assert "another answer" in found["idle, nchw"]["failed"] and "another answer" in found["outside, nchw"]["failed"]
+    assert "seconds" in found["eager, channels_last"]
+
+
+def test_others_attacks_get_frozen_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+    made = Setting.make
+
+    def make(setting: Setting, layout: str = "nchw") -> Any:
+        model, x, y = made(setting, layout)
+        model.register_forward_pre_hook(lambda model, _: asked.append(any(p.requires_grad for p in model.parameters())))
+        return model, x, y
+
+    monkeypatch.setattr(Setting, "make", make)
+    for module, runner in (("torchattacks", attacks.torchattacks), ("foolbox", attacks.foolbox)):
+        pytest.importorskip(module)
+        runner(TINY, "nchw").step()
+    assert asked and not any(asked)
 
 
 def test_finite_differences_are_the_penalty_in_the_limit() -> None:
