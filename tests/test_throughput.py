@@ -171,6 +171,28 @@ def test_margins_are_the_distances_of_a_linear_model() -> None:
         torch.testing.assert_close(found[i], min(others))
 
 
+@pytest.mark.parametrize("held", [effective_weights.CONTEST, margins.CONTEST], ids=lambda held: held.name)
+def test_low_precision_is_that_of_every_contender(held: contest.Contest) -> None:
+    # The bound beside them is that of products in bfloat16.
+    for name, way in held.ways.items():
+        low, full = (way.make(TINY.with_(precision=p), "nchw") for p in ("bf16", "fp32"))
+        gap = contest.difference(low.answer(low.step()), full.answer(full.step()))
+        assert 1e-4 < gap < held.tolerance["bf16"], name
+
+
+def test_the_first_call_counts_the_export(monkeypatch: pytest.MonkeyPatch) -> None:
+    exported: list[int] = []
+    whole = torch.export.export
+    monkeypatch.setattr(torch.export, "export", lambda *a, **k: exported.append(1) or whole(*a, **k))
+    runner = effective_weights.by_kernels(TINY, "nchw")
+    assert not exported
+    runner.step()
+    assert exported
+    exported.clear()
+    runner.step()
+    assert not exported
+
+
 def test_products_are_counted_layer_by_layer() -> None:
     setting = Setting("mlp-5", 7, classes=3)
     first, second = calls_of(setting)
