@@ -65,7 +65,8 @@ def trained(data: Images, epsilon: float, steps: int, device: torch.device) -> n
         loss.backward()
         optimizer.step()
         schedule.step()
-    return model.eval()
+    # FAB of the authors' code would compute gradients of the parameters, too.
+    return model.eval().requires_grad_(False)
 
 
 def ours(epsilon: float, **options: Any) -> Contender:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import attacks, contest, effective_weights, margins, penalty, scaling, training
+from benchmarks import attacks, autoattack, contest, effective_weights, margins, penalty, scaling, training
 from benchmarks.contest import BOUND, Contender, Options, Runner
 from benchmarks.micro import check
 from benchmarks.products import Passes, calls_of, roofline
@@ -19,6 +19,7 @@ from benchmarks.throughput import __main__ as command
 from benchmarks.throughput import compare, pages
 from benchmarks.throughput.files import read
 from benchmarks.throughput.profiling import group_of
+from benchmarks.throughput.sizes import SIZES
 
 TINY = Setting("cnn-4", 3, resolution=8)
 CEILINGS = {"copy": 1e9, "matmul": 1e9, "convolution": 2e9}
@@ -152,6 +153,14 @@ def test_others_attacks_get_frozen_parameters(monkeypatch: pytest.MonkeyPatch) -
     assert asked and not any(asked)
 
 
+def test_a_quick_autoattack_has_something_to_attack() -> None:
+    plan = autoattack.Plan(**SIZES["quick"].autoattack)
+    (train, (x, y)) = autoattack.images(None)
+    model = autoattack.trained(train, 0.0, plan.steps, torch.device("cpu"))
+    assert not any(p.requires_grad for p in model.parameters())
+    assert (model(x[: plan.images]).argmax(1) == y[: plan.images]).any()
+
+
 def test_finite_differences_are_the_penalty_in_the_limit() -> None:
     # No kink of the ReLUs lies within 1e-7 of these images: the function is linear there.
     small = TINY.with_(precision="fp64")
@@ -270,6 +279,36 @@ def test_a_regression_is_named(measured: Path) -> None:
     # A machine that is slower as a whole is none.
     case["bound"] *= 1.2
     assert not any(row.regressed for row in compare.compare(old, new, CONTESTS))
+
+
+def test_what_the_clock_does_not_tell_is_not_compared() -> None:
+    ways = {"emr_training": {"seconds": 0.0, "processor": 0.0}, "pyautoattack": {"seconds": 1.0, "processor": 1.0}}
+    record = {"sections": {"autoattack": {"cases": {"digits": {"models": {"standard": ways}}}}}}
+    rows = compare.compare(record, record, ["autoattack"])
+    assert [row.name.rpartition(", ")[2] for row in rows] == ["pyautoattack"]
+
+
+def test_files_with_nothing_in_common_are_told(
+    measured: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = read(measured)
+    for section in record["sections"].values():
+        section["cases"] = {f"another {identity}": case for identity, case in section["cases"].items()}
+    (tmp_path / "other.json").write_text(json.dumps(record))
+    monkeypatch.setattr(command, "measure", lambda *_: None)
+    arguments = ["--device", "cpu", "--quick", "--sections", "penalty", "--output", str(measured), "--compare"]
+    assert command.main([*arguments, str(tmp_path / "other.json")]) == 2
+    told = capsys.readouterr()
+    assert "other.json has no case of these sections" in told.err and "no regressions" not in told.out
+    assert command.main([*arguments, str(measured)]) == 0
+    assert "no regressions" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ['{"sections": {"penalty": 5}}', '{"sections": {"penalty": {"cases": []}}}', "[]"])
+def test_what_is_no_file_of_these_benchmarks_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "old.json").write_text(text)
+    with pytest.raises(ValueError, match=r"old\.json is no file of the throughput benchmarks"):
+        read(tmp_path / "old.json")
 
 
 @pytest.mark.parametrize(

@@ -158,6 +158,9 @@ def main(arguments: list[str] | None = None) -> int:
     if old is None:
         return 1 if wrong else 0
     found = compare.compare(old, record, options.sections)
+    if not found:
+        print(f"error: {options.compare} has no case of these sections and sizes to compare with", file=sys.stderr)
+        return 1 if wrong else 2
     print_tables([compare.table(found, options.compare.name)])
     worse = [row for row in found if row.regressed]
     print("\n".join(f"regression: {row.name} takes {row.ratio:.2f} times as long" for row in worse) or "no regressions")

@@ -65,8 +65,9 @@ def compare(old: dict[str, Any], new: dict[str, Any], sections: Sequence[str]) -
         for identity, case in new["sections"].get(section, {"cases": {}})["cases"].items():
             earlier = {name: rest for name, *rest in _times(before.get(identity, {}))}
             for name, seconds, unit, ours in _times(case):
-                if name in earlier:
-                    was, was_unit, _ = earlier[name]
+                was, was_unit, _ = earlier.get(name, (0.0, 0.0, False))
+                # Zero: less than the clock tells, or not measured.
+                if all((seconds, unit, was, was_unit)):
                     ratio = (seconds / unit) / (was / was_unit)
                     rows.append(Row(f"{section}: {identity}: {name}", was, seconds, ratio, ours))
     return rows

@@ -23,7 +23,8 @@ def read(path: Path) -> dict[str, Any]:
                 for name, section in part.items():
                     known = record["sections"].setdefault(name, {"title": section["title"], "cases": {}})
                     known["cases"].update(section["cases"])
-        record["sections"].items()
+        for section in record["sections"].values():
+            section["title"], section["cases"].items()
     except (OSError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no file of the throughput benchmarks: {reason(error)}") from error
     return record

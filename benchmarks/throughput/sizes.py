@@ -52,7 +52,7 @@ _CUDA: dict[str, tuple[Size, ...]] = {
 SIZES: dict[Scale, Sizes] = {
     "quick": Sizes(
         {name: _TINY for name in _CPU},
-        autoattack={"images": 4, "steps": 4, "contenders": ("emr_training",)},
+        autoattack={"images": 8, "steps": 60, "contenders": ("emr_training",)},
         epochs=1,
         seconds=0.01,
         scaling_points=2,
