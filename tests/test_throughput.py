@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import attacks, autoattack, contest, effective_weights, margins, penalty, scaling, training
+from benchmarks import attacks, autoattack, contest, effective_weights, margins, measure, penalty, scaling, training
 from benchmarks.contest import BOUND, Contender, Options, Runner
 from benchmarks.micro import check
 from benchmarks.products import Passes, calls_of, roofline
@@ -202,6 +202,38 @@ def test_the_first_call_counts_the_export(monkeypatch: pytest.MonkeyPatch) -> No
     assert not exported
 
 
+def test_ceilings_are_the_best_that_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Measured while something else ran, a limit would be beaten.
+    rates = iter([2.0, 3.0, 1.0])
+    monkeypatch.setattr(measure, "_BEST", {})
+    monkeypatch.setattr(measure, "copy_ceiling", lambda device: next(rates))
+    monkeypatch.setattr(measure, "matmul_ceiling", lambda device, dtype: 1.0)
+    monkeypatch.setattr(measure, "convolution_ceiling", lambda device, dtype: 1.0)
+    found = [measure.ceilings(torch.device("cpu"), torch.float32)["copy"] for _ in range(3)]
+    assert found == [2.0, 3.0, 3.0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [(["--model", "cnm"], "did you mean 'cnn'?"), (["--batch", "0"], "--batch is 0; expected at least 1")],
+)
+def test_bad_input_of_a_contest_alone_is_told(
+    arguments: list[str], told: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["penalty", *arguments])
+    with pytest.raises(SystemExit, match="2"):
+        contest.main(penalty.CONTEST, "", "cnn", 4)
+    assert told in capsys.readouterr().err
+
+
+def test_scaling_is_told_without_points_and_with_flat_ones() -> None:
+    axis = {"title": "t", "unit": "images", "ended": "1 images: too many", "points": [], "slopes": {"ours": {}}}
+    assert pages.case_lines(axis) == ["t: nothing was measured: 1 images: too many\n"]
+    point = {"size": 4, "seconds": {"ours": {"median": 1.0}}, "tensors": {"ours": 5e6}}
+    flat = {**axis, "points": [point], "slopes": {"ours": {"seconds": None, "tensors": 0.0}}}
+    assert "| ours | 1 s | ? | 5 MB | 0.00 |" in pages.case_lines(flat)
+
+
 def test_products_are_counted_layer_by_layer() -> None:
     setting = Setting("mlp-5", 7, classes=3)
     first, second = calls_of(setting)
@@ -377,6 +409,17 @@ def test_operators_are_held_to_their_stored_rows() -> None:
     (ratio,) = check.slower(old, [row(0.6)]).values()
     assert ratio == pytest.approx(1.5)
     assert [key[0] for key in check.lost(old, [row(0.9)])] == ["pgd_step"]
+
+
+def test_damaged_stored_rows_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "old.json").write_text("{")
+    (tmp_path / "new.json").write_text(json.dumps({"environment": {"device": "d"}, "rows": [row(0.9)]}))
+    arguments = ["--new", str(tmp_path / "new.json"), "--baseline", str(tmp_path / "old.json")]
+    monkeypatch.setattr("sys.argv", ["check", *arguments])
+    assert check.main() == 2
+    assert "old.json is no file of python -m benchmarks.micro" in capsys.readouterr().err
 
 
 def test_what_seems_slower_is_measured_again() -> None:

@@ -106,6 +106,10 @@ def main() -> int:
         print(f"stored: {baseline}, {len(rows)} rows")
         return 0
     stored, old = read(baseline)
+    for path, told in ((baseline, stored), (output, about)):
+        if "environment" not in told:
+            print(f"error: {path} is no file of python -m benchmarks.micro", file=sys.stderr)
+            return 2
     here, there = about["environment"]["device"], stored["environment"]["device"]
     if here != there:
         print(f"error: {baseline} was measured on {there}, this is {here}", file=sys.stderr)

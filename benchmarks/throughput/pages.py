@@ -16,7 +16,7 @@ from benchmarks.gpu_check import RESULTS
 from benchmarks.measure import ROOT, time_text
 from benchmarks.throughput.figures import best
 from benchmarks.throughput.files import read
-from benchmarks.throughput.tables import remark
+from benchmarks.throughput.tables import power_text, remark
 
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 NO_GPU = "Nothing has been measured on a GPU yet."
@@ -120,14 +120,16 @@ def _autoattack(case: Record) -> list[str]:
 def _scaling(axis: Record) -> list[str]:
     """The largest size and the slopes."""
     who = list(axis["slopes"])
+    if not axis["points"]:
+        return [f"{axis['title']}: nothing was measured: {axis['ended']}\n"]
     last = axis["points"][-1]
     rows = [
         [
             name,
             time_text(last["seconds"][name]["median"]),
-            f"{axis['slopes'][name]['seconds'] or float('nan'):.2f}",
+            power_text(axis["slopes"][name]["seconds"]),
             f"{last['tensors'][name] / 1e6:.3g} MB",
-            f"{axis['slopes'][name]['tensors'] or float('nan'):.2f}",
+            power_text(axis["slopes"][name]["tensors"]),
         ]
         for name in who
     ]

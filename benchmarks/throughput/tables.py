@@ -114,7 +114,7 @@ def scaling_tables(axes: Mapping[str, Any]) -> list[Table]:
     for name, axis in axes.items():
         contenders = list(axis["slopes"])
         exponents = "; ".join(
-            f"{who}: time ~ {name}^{_power(s['seconds'])}, memory ~ {name}^{_power(s['tensors'])}"
+            f"{who}: time ~ {name}^{power_text(s['seconds'])}, memory ~ {name}^{power_text(s['tensors'])}"
             for who, s in axis["slopes"].items()
         )
         columns = [axis["unit"], *contenders, *(f"{who}, tensors" for who in contenders)]
@@ -126,7 +126,8 @@ def scaling_tables(axes: Mapping[str, Any]) -> list[Table]:
     return tables
 
 
-def _power(exponent: float | None) -> str:
+def power_text(exponent: float | None) -> str:
+    """An exponent; "?" where too few sizes tell."""
     return "?" if exponent is None else f"{exponent:.2f}"
 
 
