@@ -3,10 +3,10 @@
     python -m benchmarks.scaling --axes batch depth --seconds 2
 
 Along each axis a size grows step by step until the next step would take too long or does not fit: a call of the slowest
-contender over `--seconds`, or an error. The penalty with its parameter gradient against double backward; along the
-classes effective margins against one backward pass for each class. Memory is the largest sum of tensors alive at once
-over a call. The slope is the exponent: that of the straight line through the larger half of the points, both axes
-logarithmic.
+contender over `--seconds`, an error, or another answer than the reference's. The penalty with its parameter gradient
+against double backward; along the classes effective margins against one backward pass for each class. Memory is the
+largest sum of tensors alive at once over a call. The slope is the exponent: that of the straight line through the
+larger half of the points, both axes logarithmic.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import margins, penalty
-from benchmarks.contest import Contest, reason
+from benchmarks.contest import Contest, difference, reason
 from benchmarks.measure import environment, interleaved, peak_of_tensors, write_json
 from benchmarks.setting import Setting
 
@@ -79,7 +79,13 @@ def measure_axis(axis: Axis, seconds: float, repetitions: int, most: int | None 
     for size in list(axis.sizes)[:most]:
         setting = axis.setting(size)
         try:
-            steps = {name: axis.contest.ways[name].make(setting, layout).step for name in names}
+            runners = {name: axis.contest.ways[name].make(setting, layout) for name in names}
+            right, mine = (runners[name].answer(runners[name].step()) for name in names)
+            gap = difference(mine, right)
+            if not gap <= axis.contest.tolerance[setting.precision]:
+                raise RuntimeError(f"another answer: {names[1]} differs by {gap:.1e}")
+            del right, mine
+            steps = {name: runner.step for name, runner in runners.items()}
             times = interleaved(steps, repetitions, setting.place)
             memory = {name: peak_of_tensors(step, setting.place) for name, step in steps.items()}
         except Exception as error:

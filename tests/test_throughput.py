@@ -270,6 +270,9 @@ def test_an_axis_ends_where_a_size_fails() -> None:
     ours, theirs = (found["points"][-1]["tensors"][name] for name in ("emr_kernels", "double backward"))
     assert 0 < ours < theirs
     assert scaling.measure_axis(axis, 0.0, 1)["ended"] == "a call over 0 s"
+    strict = replace(axis, contest=replace(penalty.CONTEST, tolerance={"fp32": -1.0}))
+    found = scaling.measure_axis(strict, 1e9, 1)
+    assert not found["points"] and "another answer: emr_kernels differs by" in found["ended"]
 
 
 def test_resuming_measures_what_is_left(measured: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -297,6 +300,17 @@ def test_resuming_measures_what_is_left(measured: Path, monkeypatch: pytest.Monk
     assert case["failed"] == "RuntimeError: words"
     # What failed is tried again.
     assert command.main(arguments) == 1 and ran == ["margins", "margins"]
+    # What was measured without the contenders of torch.compile, or on other threads, is not what is asked for.
+    ran.clear()
+    assert command.main([*arguments, "--compile"]) == 1 and ran == CONTESTS
+
+
+def test_other_threads_are_measured_again(measured: Path) -> None:
+    (case,) = read(measured)["sections"]["penalty"]["cases"].values()
+    about = {"environment": case["environment"], "sources": case["sources"], "compile": False}
+    assert command._measured_alike(case, about)
+    about["environment"] = {**case["environment"], "threads": 99}
+    assert not command._measured_alike(case, about)
 
 
 def test_a_regression_is_named(measured: Path) -> None:

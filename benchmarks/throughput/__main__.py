@@ -7,9 +7,9 @@
 
 Prints tables and writes a JSON file with every case's environment, and figures beside it. Cases join those that the
 file holds from earlier calls, under the same name the newer one stays; with --resume those measured with the same
-sources are not measured again, so that a call that was cut off goes on. A contender that fails, or whose answer is not
-the reference's, is shown with the reason; where it is this library, the command exits with 1. Method:
-docs/benchmarks.md.
+sources, torch and threads are not measured again, so that a call that was cut off goes on. A contender that fails, or
+whose answer is not the reference's, is shown with the reason; where it is this library, the command exits with 1.
+Method: docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -89,12 +89,13 @@ def measure(
     wanted: Wanted, sections: list[str], output: Path, record: dict[str, Any], resume: bool, note: str | None
 ) -> None:
     """Every case of these sections, printed and written as soon as it is there, beside those that `record` has."""
-    sources = digest()
+    sources, device = digest(), torch.device(wanted.device)
     for name in sections:
         section = SECTIONS[name]
         kept = record["sections"].setdefault(name, {"title": section.title, "cases": {}})["cases"]
         for identity, function in section.cases(wanted).items():
-            if resume and kept.get(identity, {}).get("sources") == sources and not failures(kept[identity]):
+            about = {"environment": environment(device), "sources": sources, "compile": wanted.options.compile}
+            if resume and _measured_alike(kept.get(identity, {}), about):
                 continue
             begin = time.perf_counter()
             try:
@@ -105,13 +106,19 @@ def measure(
             else:
                 print_tables(section.tables(identity, case))
             taken = round(time.perf_counter() - begin, 1)
-            about = {
-                "environment": environment(torch.device(wanted.device)),
-                "sources": sources,
-                "seconds taken": taken,
-            }
-            kept[identity] = {**case, **about, **({"note": note} if note else {})}
+            kept[identity] = {**case, **about, "seconds taken": taken, **({"note": note} if note else {})}
             write_json(output, record)
+
+
+def _measured_alike(case: dict[str, Any], about: dict[str, Any]) -> bool:
+    """Whether a case was measured with these sources, torch and threads, and with what is to be compiled."""
+    then, now = case.get("environment", {}), about["environment"]
+    return (
+        case.get("sources") == about["sources"]
+        and all(then.get(field) == now[field] for field in ("device", "torch", "threads"))
+        and (case.get("compile", False) or not about["compile"])
+        and not failures(case)
+    )
 
 
 def failures(case: dict[str, Any]) -> list[str]:
@@ -139,7 +146,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     keep_memory()
     folder = options.figures or output.parent
-    print(f"{device_name(device)}, {torch.get_num_threads()} threads, torch {torch.__version__}\n", flush=True)
+    threads = torch.get_num_threads()
+    spoken = f"{threads} {'thread' if threads == 1 else 'threads'}"
+    print(f"{device_name(device)}, {spoken}, torch {torch.__version__}\n", flush=True)
     if options.profile:
         for setting in settings("training", wanted):
             print_tables([profiling.profile_step(setting, options.figures or ROOT / ".benchmarks")])
