@@ -68,9 +68,10 @@ def contest_figure(path: Path, title: str, cases: Mapping[str, Any]) -> Path:
         # One disturbed repetition should not squeeze the bars.
         end = min(max(v + h for v, h in zip(values, high, strict=True)), 1.4 * max(values))
         for row, (value, up) in enumerate(zip(values, high, strict=True)):
-            told = f"  {case['bound'] / value:.0%}"
+            told = f"{case['bound'] / value:.0%}"
             blank = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # over the line of a spread that goes on
-            ax.text(min(value + up, end), row, told, va="center", fontsize=8, color=INK, bbox=blank)
+            place = (min(value + up, end), row)
+            ax.annotate(told, place, (6, 0), textcoords="offset points", va="center", fontsize=8, color=INK, bbox=blank)
         ax.axvline(case["bound"], color=_COLORS["bound"], linewidth=1.5, linestyle="--")
         ax.set_yticks(range(len(bars)), list(bars))
         ax.set_title(case["title"], fontsize=9, color=INK, loc="left")
