@@ -79,7 +79,7 @@ def released(
     whole_penalty: the penalty is compiled as one graph, its inner gradient with it.
     """
     model, x, y = setting.make(layout)
-    logits = quick(model)
+    logits, parameters = quick(model), list(model.parameters())
     optimizer = sgd(model)
 
     def squared_norm(leaf: Tensor) -> Tensor:
@@ -98,7 +98,7 @@ def released(
         loss = F.cross_entropy(found.to(x.dtype), y)
         model.eval()
         with torch._dynamo.config.patch(traced):
-            (loss + STRENGTH * regularizer(x_adv.requires_grad_())).backward()
+            (loss + STRENGTH * regularizer(x_adv.requires_grad_())).backward(inputs=parameters)
         model.train()
         optimizer.step()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -170,29 +170,47 @@ def draw(record: Mapping[str, Any], folder: Path, stem: str) -> list[Path]:
         elif any(case.get("points") for case in cases.values()):
             drawn.append(scaling_figure(path, cases))
         elif cases:
-            drawn += [_bars(path, name, case) for case in list(cases.values())[-1:]]
+            drawn.append(_bars(path, name, section["title"], cases))
     return drawn
 
 
-def _bars(path: Path, name: str, case: Mapping[str, Any]) -> Path:
-    where = f"{case['title']}\n{_where(case['environment'])}"
-    bars, notes = {}, {}
-    if name == "autoattack":
-        for model, ways in case["models"].items():
-            for way, found in ways.items():
-                bars[f"{model}, {way}"] = found["seconds"]
-                notes[f"{model}, {way}"] = f"{found['robust']:.1%} robust"
-        return bars_figure(
-            path, f"AutoAttack: {where}", "Seconds", bars, notes, [n for n in bars if "pyautoattack" in n]
-        )
-    if name == "energy":
-        for method, found in case["methods"].items():
-            bars[method] = found["costs"]["device_seconds"]
-            notes[method] = f"PGD-20 {found['robust']['value']:.1%}, clean {found['clean']['value']:.1%}"
-        return bars_figure(path, f"Cost of robustness: {where}", "Device-seconds of training", bars, notes, ["AT"])
+def _bars(path: Path, name: str, title: str, cases: Mapping[str, Any]) -> Path:
+    """The cases below each other; told apart by their names where there are several."""
+    bars: dict[str, float] = {}
+    notes: dict[str, str] = {}
+    for identity, case in cases.items():
+        apart = f"{identity}, " if len(cases) > 1 else ""
+        for row, value, note in _ROWS[name](case):
+            bars[apart + row], notes[apart + row] = value, note
+    *_, last = cases.values()
+    subject = f"{last['title']}\n" if len(cases) == 1 else ""
+    label = {"autoattack": "Seconds", "energy": "Device-seconds of training", "parallel": "Images per second"}[name]
+    theirs = [row for row in bars if "pyautoattack" in row or row.endswith("AT")]
+    return bars_figure(path, f"{title}: {subject}{_where(last['environment'])}", label, bars, notes, theirs)
+
+
+def _autoattack_rows(case: Mapping[str, Any]) -> Iterator[tuple[str, float, str]]:
+    for model, ways in case["models"].items():
+        for way, found in ways.items():
+            yield f"{model}, {way}", found["seconds"], f"{found['robust']:.1%} robust"
+
+
+def _energy_rows(case: Mapping[str, Any]) -> Iterator[tuple[str, float, str]]:
+    for method, found in case["methods"].items():
+        note = f"PGD-20 {found['robust']['value']:.1%}, clean {found['clean']['value']:.1%}"
+        yield method, found["costs"]["device_seconds"], note
+
+
+def _parallel_rows(case: Mapping[str, Any]) -> Iterator[tuple[str, float, str]]:
     for row in case["rows"]:
         processes = "1 process" if row["processes"] == 1 else f"{row['processes']} processes"
-        told = f"{processes}, {row['batch']} {row['of']}"
-        bars[told] = row.get("images per second", 0.0)
-        notes[told] = row["failed"] if "failed" in row else f"efficiency {row['efficiency']:.0%}"
-    return bars_figure(path, f"Data parallel: {where}", "Images per second", bars, notes)
+        note = row["failed"] if "failed" in row else f"efficiency {row['efficiency']:.0%}"
+        yield f"{processes}, {row['batch']} {row['of']}", row.get("images per second", 0.0), note
+
+
+#: By section: a bar's name, its length and what is told at its end.
+_ROWS: dict[str, Callable[[Mapping[str, Any]], Iterator[tuple[str, float, str]]]] = {
+    "autoattack": _autoattack_rows,
+    "energy": _energy_rows,
+    "parallel": _parallel_rows,
+}

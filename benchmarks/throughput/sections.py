@@ -83,11 +83,16 @@ def _autoattack(wanted: Wanted) -> dict[str, Callable[[], Record]]:
     return cases
 
 
+def _with_precision(name: str, precision: str) -> str:
+    """A case's name, float32 understood."""
+    return name if precision == "fp32" else f"{name}, {precision}"
+
+
 def _scaling(wanted: Wanted) -> dict[str, Callable[[], Record]]:
     sizes = SIZES[wanted.scale]
     precision = wanted.precision or sizes.precision
     return {
-        name: partial(
+        _with_precision(name, precision): partial(
             scaling.measure_axis, axis, sizes.seconds, min(3, wanted.options.repetitions), sizes.scaling_points
         )
         for name, axis in scaling.axes(wanted.device, precision).items()
@@ -101,7 +106,8 @@ def _energy(wanted: Wanted) -> dict[str, Callable[[], Record]]:
 def _parallel(wanted: Wanted) -> dict[str, Callable[[], Record]]:
     model, batch, precision, steps = SIZES[wanted.scale].parallel
     model, batch, precision = next(iter(wanted.models), model), wanted.batch or batch, wanted.precision or precision
-    return {f"{model}, {batch}": lambda: parallel.measure(model, batch, wanted.device, precision, steps)}
+    name = _with_precision(f"{model}, {batch}", precision)
+    return {name: lambda: parallel.measure(model, batch, wanted.device, precision, steps)}
 
 
 SECTIONS: dict[str, Section] = {
