@@ -267,6 +267,16 @@ def test_starts_are_in_the_ball_and_belong_to_the_image(norm: str) -> None:
     assert not torch.equal(random_start(ball, x, noise, 1), start)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("norm", NORMS)
+def test_starts_in_half_precision(norm: str, dtype: torch.dtype) -> None:
+    x = torch.full((50, 3, 20, 20), 0.5)
+    noise, ball = Noise(torch.arange(50)), Ball(norm, 0.3)
+    start = random_start(ball, x.to(dtype), noise, 0)
+    assert start.dtype == dtype
+    torch.testing.assert_close(start.float(), random_start(ball, x, noise, 0), atol=0.02, rtol=0)
+
+
 def test_keys_decide_whatever_the_batch(robust_net: nn.Module, batch: Data) -> None:
     keys = torch.arange(100, 164)
     attack = APGD(0.12, steps=3, restarts=2)

@@ -163,19 +163,21 @@ def likeliest_wrong(logits: Tensor, y: Tensor, count: int) -> Tensor:
 
 def random_direction(norm: str, x: Tensor, noise: Noise, stream: int) -> Tensor:
     """A direction of length 1 under `norm` for each image: uniform in the cube under Linf, else Gaussian; scaled."""
-    shape = x.shape[1:]
-    direction = (
-        2 * noise.uniform(stream, shape, x.dtype) - 1 if norm == "Linf" else noise.normal(stream, shape, x.dtype)
-    )
+    shape, dtype = x.shape[1:], _at_least_float32(x)
+    direction = 2 * noise.uniform(stream, shape, dtype) - 1 if norm == "Linf" else noise.normal(stream, shape, dtype)
     order = {"Linf": torch.inf, "L2": 2.0, "L1": 1.0}[norm]
-    return direction / per_row(torch.linalg.vector_norm(direction.flatten(1), order, dim=1), x)
+    return (direction / per_row(torch.linalg.vector_norm(direction.flatten(1), order, dim=1), x)).to(x.dtype)
 
 
 def random_start(ball: Ball, x: Tensor, noise: Noise, stream: int) -> Tensor:
     """Where a run of `APGD` starts: see `restarts` there."""
     if ball.norm == "L1":
-        return ball.project(x + noise.normal(stream, x.shape[1:], x.dtype), x)
+        return ball.project(x + noise.normal(stream, x.shape[1:], _at_least_float32(x)).to(x.dtype), x)
     return ball.project(x + ball.epsilon * random_direction(ball.norm, x, noise, stream), x)
+
+
+def _at_least_float32(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def _clean(problem: Problem, logits: Tensor | None = None) -> tuple[Tensor, Tensor]:

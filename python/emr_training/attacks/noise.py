@@ -48,13 +48,13 @@ class Noise:
         return _mixed(start[:, None] + places * _GOLDEN)
 
     def uniform(self, stream: int, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
-        """Uniform in [0, 1), [N, *shape]."""
-        bits = 24 if dtype == torch.float32 else 53
+        """Uniform in [0, 1), [N, *shape]; float32 or float64."""
+        bits = {torch.float32: 24, torch.float64: 53}[dtype]
         whole = _shifted(self.bits(stream, math.prod(shape)), 64 - bits)
         return (whole.to(dtype) * 2.0**-bits).view(-1, *shape)
 
     def normal(self, stream: int, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
-        """Standard Gaussian, [N, *shape], by Box and Muller's formula."""
+        """Standard Gaussian, [N, *shape], by Box and Muller's formula; float32 or float64."""
         count = math.prod(shape)
         u = self.uniform(stream, (2, count), dtype)
         radius = (-2 * torch.log1p(-u[:, 0])).sqrt()
