@@ -62,6 +62,8 @@ def test_bad_models(attack: Attack) -> None:
         attack(nn.Unflatten(2, (8, 1)), X[:, 0], Y)
     with pytest.raises(ValueError, match=r"expected logits \[4, C\] with C >= 2"):
         attack(nn.Sequential(nn.Flatten(), nn.Linear(64, 1)), X, 0 * Y)
+    with pytest.raises(ValueError, match=r"the model's output is tuple; expected logits \[4, C\] with C >= 2"):
+        attack(lambda x: (x.flatten(1), None), X, Y)
     broken = Watched()
     broken.last.weight.data.fill_(torch.nan)
     with pytest.raises(ValueError, match="the model's output has NaN"):
@@ -171,12 +173,14 @@ def test_models_that_write_into_their_input(net: nn.Module, batch: Data, attack:
 
 
 @pytest.mark.parametrize("attack", BY_GRADIENT.values(), ids=BY_GRADIENT)
-@pytest.mark.parametrize("how", ["no_grad", "detach", "numpy"])
+@pytest.mark.parametrize("how", ["no_grad", "detach", "numpy", "detached input"])
 def test_a_model_without_gradients_is_an_error(net: nn.Module, batch: Data, attack: Attack, how: str) -> None:
     def score(x: Tensor) -> Tensor:
         if how == "no_grad":
             with torch.no_grad():
                 return net(x)
+        if how == "detached input":  # the logits have a graph, that of the parameters
+            return net(x.detach())
         return net(x).detach() if how == "detach" else torch.from_numpy(net(x.detach()).detach().numpy())
 
     with pytest.raises(

@@ -22,6 +22,10 @@ Engine = Literal["auto", "autograd"]
 Precision = Literal["ambient", "float32", "bfloat16", "float16"]
 ENGINES = ("auto", "autograd")
 PRECISIONS = ("ambient", "float32", "bfloat16", "float16")
+_NO_GRADIENT = (
+    "the model's logits have no gradient in x (it is detached, or made by an operator without one); "
+    "expected a differentiable model; Square attacks one that is not"
+)
 
 
 class At(Protocol):
@@ -41,7 +45,10 @@ class _ByAutograd:
 
     def vjp(self, seed: Tensor) -> Tensor:
         seed = seed.to(self._logits.dtype)
-        return torch.autograd.grad(self._logits, self._point, seed, retain_graph=True)[0]
+        (found,) = torch.autograd.grad(self._logits, self._point, seed, retain_graph=True, allow_unused=True)
+        if found is None:  # though they have a graph: that of the model's parameters
+            raise ValueError(_NO_GRADIENT)
+        return found
 
 
 class _FirstRow:
@@ -172,11 +179,11 @@ class Classifier:
             point = x.detach().requires_grad_()
             with torch.enable_grad():
                 logits = logits_of(self.model, point)
-        if isinstance(logits, Tensor) and not logits.requires_grad:
-            raise ValueError(
-                "the model's logits have no gradient in x (it is detached, or made by an operator without one); "
-                "expected a differentiable model; Square attacks one that is not"
-            )
+        if not isinstance(logits, Tensor):
+            kind = type(logits).__name__
+            raise ValueError(f"the model's output is {kind}; expected logits [{x.shape[0]}, C] with C >= 2 classes")
+        if not logits.requires_grad:
+            raise ValueError(_NO_GRADIENT)
         return _ByAutograd(point, logits)
 
     def logits(self, x: Tensor) -> Tensor:
