@@ -70,6 +70,7 @@ def _mixes(logits: torch.Tensor, direction: str) -> Iterator[torch.Tensor]:
 
 
 def rivals(logits: torch.Tensor, y: torch.Tensor, k: int) -> torch.Tensor:
-    """The k classes other than y with the largest logits, strongest first: `[N, k]`."""
-    others = logits.scatter(1, y[:, None], float("-inf"))
+    """The k classes other than y with the largest logits, strongest first: `[N, k]`; k is at most C - 1."""
+    # y itself comes last, also where models mask classes with logits of -inf.
+    others = logits.clamp_min(torch.finfo(logits.dtype).min).scatter(1, y[:, None], float("-inf"))
     return others.topk(k, dim=1).indices

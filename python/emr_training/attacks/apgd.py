@@ -9,6 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from emr_kernels.directions import rivals
 from emr_training.attacks.ascent import Climb, Momentum, Sparse, Strategy, climb
 from emr_training.attacks.balls import Ball
 from emr_training.attacks.base import BoundedAttack, check_choice, per_row
@@ -157,8 +158,7 @@ class APGDT(APGD):
 
 def likeliest_wrong(logits: Tensor, y: Tensor, count: int) -> Tensor:
     """The `count` wrong classes with the largest logits, or all, in that order: [N, min(count, C - 1)]."""
-    rivals = logits.scatter(1, y[:, None], -torch.inf)
-    return rivals.topk(min(count, logits.shape[1] - 1), dim=1).indices
+    return rivals(logits, y, min(count, logits.shape[1] - 1))
 
 
 def random_direction(norm: str, x: Tensor, noise: Noise, stream: int) -> Tensor:

@@ -124,7 +124,8 @@ class FAB(Attack):
             seed = torch.zeros_like(at.logits).scatter_(1, rival[:, None], 1.0).scatter_(1, y[:, None], -1.0)
             w = at.vjp(seed).nan_to_num(nan=0.0).flatten(1).to(problem.x.dtype)
             problem.classifier.backwards += len(problem)
-            gap = (at.logits * seed).sum(1).to(problem.x.dtype)
+            # Not the product with the seed: a class that the model masks has the logit -inf.
+            gap = (at.logits.gather(1, rival[:, None]) - at.logits.gather(1, y[:, None])).squeeze(1).to(problem.x.dtype)
             if goal is not None:
                 return gap, w
             far = gap.abs() / (torch.linalg.vector_norm(w, _DUAL[self.norm], dim=1) + 1e-12)
