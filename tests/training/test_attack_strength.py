@@ -126,6 +126,26 @@ def test_exact_on_a_linear_model_in_other_balls(norm: str) -> None:
     torch.testing.assert_close(x_adv, (x + best), rtol=0, atol=1e-3)
 
 
+@pytest.mark.parametrize("attack", [PGD(1.5, 100, 0.1), BIM(1.5, 100, 0.1)])
+def test_moves_what_can_move_in_the_box_under_l1(attack: PGD) -> None:
+    model = nn.Linear(40, 2, bias=False)
+    slope = model.weight[1] - model.weight[0]
+    x, y = torch.rand(20, 40).round(decimals=0), torch.zeros(20, dtype=torch.int64)
+    x[:, ::3] = 0.5
+    # The best there is: pixels in the order of their slopes, each to the edge of the box.
+    room = torch.where(slope > 0, 1 - x, x)
+    order = slope.abs().argsort(descending=True)
+    room, slopes = room[:, order], slope.abs()[order]
+    spent = torch.minimum(room, (1.5 - (room.cumsum(1) - room)).clamp_min(0))
+    best = (spent * slopes).sum(1)
+    x_adv = replace(attack, norm="L1", keep="last")(model, x, y)
+    with torch.no_grad():
+        gained = ((x_adv - x) * slope).sum(1)
+        assert (gained > 0.95 * best).all()
+        single = FGSM(0.5, norm="L1")(model, x, y)
+        assert (((single - x) * slope).sum(1) > 0.99 * 0.5 * torch.where(room > 0, slopes, 0).amax(1)).all()
+
+
 @pytest.mark.parametrize("norm", ["L2", "L1"])
 @pytest.mark.parametrize("keep", ["best", "last"])
 @pytest.mark.parametrize("epsilon", [0.0, 0.05, 0.5, 3.0])

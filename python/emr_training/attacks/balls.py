@@ -56,6 +56,16 @@ class Ball:
         """`point` moved by `step_size` (a number or [N]) along the gradient, back in ball and box; see `pgd_step`."""
         return pgd_step(point, x, gradient, step_size, self.epsilon, self.norm.lower(), fraction=fraction, out=out)
 
+    def open_to(self, point: Tensor, gradient: Tensor) -> Tensor:
+        """The gradient, under L1 without the pixels that it would move out of the box.
+
+        There a step is that of the few pixels with the largest gradients: black and white ones would stay where they
+        are, and no other would move in their place.
+        """
+        if self.norm != "L1":
+            return gradient
+        return gradient.masked_fill(((point >= 1) & (gradient > 0)) | ((point <= 0) & (gradient < 0)), 0.0)
+
     def project(self, point: Tensor, x: Tensor) -> Tensor:
         """The point brought back into the ball around x and into the box.
 

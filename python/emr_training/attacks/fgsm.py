@@ -31,7 +31,7 @@ class FGSM(BoundedAttack):
     def search(self, problem: Problem) -> Tensor:
         """See `Attack`."""
         _, _, gradient = problem.ascend(problem.x, find_loss(self.loss, self.bn_mode))
-        return self.ball.step(problem.x, problem.x, gradient, self.epsilon)
+        return self.ball.step(problem.x, problem.x, self.ball.open_to(problem.x, gradient), self.epsilon)
 
 
 @dataclass(frozen=True)
@@ -57,4 +57,4 @@ class RFGSM(FGSM):
         """See `Attack`."""
         start = self.ball.start(problem.x, problem.generator)
         _, _, gradient = problem.ascend(start, find_loss(self.loss, self.bn_mode))
-        return self.ball.step(start, problem.x, gradient, self.step)
+        return self.ball.step(start, problem.x, self.ball.open_to(start, gradient), self.step)

@@ -20,7 +20,8 @@ class PGD(BoundedAttack):
     """x <- P(x + step), P the projection on ball and box; Madry et al. 2018.
 
     The step is step_size * sign(gradient) under Linf, step_size * gradient / ||gradient||_2 under L2, and under L1
-    step_size shared evenly by the `fraction` of the pixels with the largest gradients (Tramer and Boneh 2019).
+    step_size shared evenly by the `fraction` of the pixels with the largest gradients (Tramer and Boneh 2019), of those
+    that can move that way in the box.
 
     steps, step_size: None is 2.5 * epsilon / steps.
     loss: "ce", "cw" (the margin of Carlini and Wagner), "dlr", or "kl" (TRADES's: the divergence from the clean image's
@@ -31,7 +32,8 @@ class PGD(BoundedAttack):
     keep: which point of a path is returned.
 
         - "best": the first success of any restart (such a sample is attacked no further), else the point of greatest
-          loss, the clean image included. For evaluation: more steps or restarts are never weaker.
+          loss, the clean image included. For evaluation: more restarts, and more steps of the same size, are never
+          weaker.
         - "last": the end point (of several restarts, the one of greatest loss). For adversarial training.
 
     graph: capture the whole loop of keep "last" in a CUDA graph for each shape of batch, and replay it: one launch
@@ -98,6 +100,7 @@ class PGD(BoundedAttack):
         return self.ball.project(x + noise, x) if self.keep == "best" else x + noise
 
     def _moved(self, point: Tensor, x: Tensor, gradient: Tensor, out: Tensor | None = None) -> Tensor:
+        gradient = self.ball.open_to(point, gradient)
         return self.ball.step(point, x, gradient, self.step, fraction=self.fraction, out=out)
 
     def _direction(self, velocity: Tensor | None, gradient: Tensor) -> Tensor:
