@@ -231,3 +231,16 @@ def test_bad_input(net: nn.Module, batch: Data) -> None:
         short().run(broken, batch.x, batch.y)
     with pytest.raises(TypeError, match="model is of type int"):
         short().run(3, batch.x, batch.y)
+
+
+def test_shapes_that_square_does_not_take_are_refused_before_work(batch: Data) -> None:
+    def never(x: Tensor) -> Tensor:
+        raise AssertionError("the model was called")
+
+    x = batch.x.view(-1, 1, 2, 4, 8)
+    for attack in (lambda: AutoAttack(verbose=False).run(never, x, batch.y), lambda: Square(0.1)(never, x, batch.y)):
+        with pytest.raises(ValueError, match=r"x has shape \[\d+, 1, 2, 4, 8\]; expected images \[N, C, H, W\]"):
+            attack()
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    without = AutoAttack(eps=0.1, version="custom", attacks_to_run=["apgd-ce"], verbose=False)
+    assert without(model, x, batch.y).shape == x.shape

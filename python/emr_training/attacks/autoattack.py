@@ -45,7 +45,8 @@ class AutoAttack(Attack):
         the version's attacks), APGD-T, and at last Square and FAB. The final robust accuracy is that of the same worst
         case; what each single attack is credited with depends on the order.
     attacks_to_run: for the version "custom": names ("apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square"), or a
-        mapping of names of your own to attacks within eps, which run in its order.
+        mapping of names of your own to attacks within eps, which run in its order, with the seed, bn_mode, precision
+        and engine of the ensemble.
     batch_size: images at a time.
     verbose: print the original's lines, and on a terminal a progress bar with the running robust accuracy.
     log_path: a file to which the lines are appended.
@@ -97,6 +98,11 @@ class AutoAttack(Attack):
         """Return x_adv; raise RuntimeError unless it is in the ball around x and in [0, 1]."""
         return self.ball.check(x_adv, x)
 
+    def check_shape(self, x: Tensor) -> None:
+        """See `Attack`."""
+        for attack in self.attacks().values():
+            attack.check_shape(x)
+
     def search(self, problem: Problem) -> Tensor:
         """See `Attack`."""
         seed = int(torch.randint(2**62, (1,), generator=problem.generator, device=problem.generator.device))
@@ -141,6 +147,7 @@ class AutoAttack(Attack):
             raise TypeError(f"model is of type {type(model).__name__}; expected a callable that returns logits [N, C]")
         if x.numel() == 0:
             raise ValueError(f"x has shape {list(x.shape)}; expected at least one image")
+        self.check_shape(x)
         if batch_size is not None:
             check_count("batch_size", batch_size)
         if isinstance(model, nn.Module):

@@ -72,6 +72,7 @@ class Attack(ABC):
                 logits [N, C] or NaN, or that has no gradient.
         """
         check_images(x, y)
+        self.check_shape(x)
         if target is not None:
             if not self.targetable:
                 raise ValueError(f"target is given; expected None, as {type(self).__name__} has no targeted form")
@@ -93,6 +94,9 @@ class Attack(ABC):
             x_adv = self.search(Problem(classifier, x, y, target, generator))
         record(classifier.forwards, classifier.backwards)
         return self.verify(x_adv.detach(), x)
+
+    def check_shape(self, x: Tensor) -> None:  # noqa: B027
+        """Raise ValueError unless the attack takes images of this shape; most take any."""
 
     @abstractmethod
     def search(self, problem: Problem) -> Tensor:

@@ -72,6 +72,12 @@ class Square(BoundedAttack):
         place = int(iteration / self.queries * 10_000) if self.rescale else iteration
         return self.p / 2 ** bisect_left(HALVINGS, place)
 
+    def check_shape(self, x: Tensor) -> None:
+        """See `Attack`."""
+        if x.dim() > 4:
+            expected = "images [N, C, H, W], [N, H, W] or vectors [N, D]"
+            raise ValueError(f"x has shape {list(x.shape)}; expected {expected} for Square")
+
     def search(self, problem: Problem) -> Tensor:
         """See `Attack`."""
         return self.run(problem).x_adv
@@ -106,8 +112,6 @@ class Square(BoundedAttack):
         """One restart on the images `rows`, whose successes and queries are noted in `found`."""
         shape = problem.x.shape
         images = problem.x.reshape(shape[0], *(1,) * max(4 - problem.x.dim(), 0), *shape[1:])
-        if images.dim() != 4:
-            raise ValueError(f"x has shape {list(shape)}; expected images [N, C, H, W], [N, H, W] or vectors [N, D]")
         kind = Corners if self.norm == "Linf" else Bumps
         proposals: Proposals = kind(self.ball, images, noise, stream)
         asked = _Asked(problem, proposals, LOSSES[self.loss], self.queries >= _MANY)
