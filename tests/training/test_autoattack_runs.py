@@ -110,6 +110,19 @@ def test_does_not_warn_without_a_reason(net: nn.Module, robust_net: nn.Module, b
         rand.run(Wrapped(net, "random"), batch.x, batch.y)
 
 
+def test_warns_of_nan_off_the_images(net: nn.Module, batch: Data) -> None:
+    class Fragile(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            off = ((x[:, None] - batch.x[None]).abs().flatten(2).amax(2).amin(1) > 1e-4)[:, None]
+            return torch.where(off, torch.nan, net(x))
+
+    attack = AutoAttack(eps=0.1, version="custom", attacks_to_run=["apgd-ce"], verbose=False)
+    with pytest.warns(EvaluationWarning, match=r"apgd-ce met NaN in the model's logits \d+ times"):
+        _, result = attack.run(Fragile(), batch.x, batch.y)
+    assert result.robust_accuracy == result.clean_accuracy
+    assert len(result.warnings) == 1
+
+
 def test_warns_when_square_breaks_what_gradients_did_not(net: nn.Module, batch: Data) -> None:
     weak = {"apgd-ce": APGD(0.0, steps=1), "square": Square(0.2, queries=100)}
     attack = AutoAttack(eps=0.2, version="custom", attacks_to_run=weak, verbose=False)

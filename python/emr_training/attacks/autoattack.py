@@ -140,7 +140,8 @@ class AutoAttack(Attack):
 
         Warns:
             EvaluationWarning: if the model is random, returns probabilities, takes gradients in its forward pass or
-                has gradients of zero, or if Square breaks what attacks by gradient did not.
+                has gradients of zero, if its logits become NaN near the images, or if Square breaks what attacks by
+                gradient did not.
         """
         check_images(x, y)
         if not callable(model):

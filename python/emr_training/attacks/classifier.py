@@ -72,6 +72,7 @@ class Classifier:
 
     Attributes:
         forwards, backwards: images that were run so far.
+        nans: how many times an image was judged by logits with NaN.
         checked: whether logits have been looked at: their shape, NaN, and the labels' range.
         reason: why autograd is used; None with the engine.
     """
@@ -88,6 +89,7 @@ class Classifier:
         self.model = model
         self.forwards = 0
         self.backwards = 0
+        self.nans: int | Tensor = 0  # on a GPU a tensor, so that nobody waits for it
         self.checked = False
         self.reason: str | None = None
         self._precision = precision

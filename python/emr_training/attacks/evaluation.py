@@ -130,6 +130,7 @@ class Evaluation:
     def _run_attack(self, state: State, number: int, attack: Attack, check: bool) -> None:
         record = state.records[number]
         before = int(state.robust.sum()) + record.broken
+        nans = int(self._classifier.nans)
         rows = (state.robust & ~state.tried).nonzero().squeeze(1)
         batches = rows.split(self._batch_size) if rows.numel() else ()
         done = math.ceil(record.attacked / self._batch_size)
@@ -147,6 +148,9 @@ class Evaluation:
         seconds = sum(entry.seconds for entry in state.records)
         accuracy = self._accuracy(state)
         self._report.line(f"robust accuracy after {record.name.upper()}: {accuracy:.2%} (total time {seconds:.1f} s)")
+        met = flags.met_nan(record.name, int(self._classifier.nans) - nans) if check else None
+        if met is not None:
+            self._warn(state, met)
         by_gradient = [a for a in list(self._attacks.values())[:number] if not isinstance(a, Square)]
         if check and isinstance(attack, Square) and by_gradient:
             sign = flags.square_lowered(before / len(self._y), accuracy)

@@ -91,6 +91,17 @@ def dynamic(problem: Problem) -> str | None:
     )
 
 
+def met_nan(name: str, count: int) -> str | None:
+    """Whether an attack met NaN in the logits of perturbed images, so many times."""
+    if count == 0:
+        return None
+    return (
+        f"{name} met NaN in the model's logits {count} times. NaN counts for no class, and so for no success: the "
+        "robust accuracy may be too high. Find what makes it (an overflow, a division by zero, the logarithm of zero), "
+        "and mend the model"
+    )
+
+
 def square_lowered(before: float, after: float) -> str | None:
     """Whether Square broke, after attacks by gradient, more than 0.2 points of the images (accuracies in [0, 1])."""
     if before - after <= SQUARE_TOLERANCE:

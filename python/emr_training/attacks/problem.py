@@ -79,7 +79,9 @@ class Problem:
         predicted = logits.argmax(1)
         y, target = (t if rows is None or t is None else t[rows] for t in (self.y, self.target))
         success = predicted != y if target is None else predicted == target
-        return success & ~logits.isnan().any(1)
+        nan = logits.isnan().any(1)
+        self.classifier.nans = self.classifier.nans + nan.sum()
+        return success & ~nan
 
     def fooled(self, x_adv: Tensor, logits: Tensor) -> Tensor:
         """Which rows of x_adv succeed, [N], given the search's logits there.
