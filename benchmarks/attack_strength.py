@@ -40,14 +40,21 @@ Found = Callable[[nn.Module, Data, int], Tensor]
 
 
 def subjects(data: Path | None) -> Subjects:
-    """The networks, convolutional: standard and adversarially trained."""
+    """The networks, convolutional: with standard, adversarial and adversarial EMR training."""
     found = digits_subjects()
     if data is None:
         return found
 
+    adversarial = {"defense": "at", "attack.epsilon": 0.2}
+    recipes: dict[str, dict[str, Any]] = {
+        "standard": {},
+        "AT": adversarial,
+        "AT-EMR": {**adversarial, "penalties.emr": {"strength": 3.0, "temperature": 40.0}},
+    }
+
     def make(name: str, folder: Path) -> Subject:
         training, test = mnist(folder, 6_000, 300)
-        recipe = {"standard": {}, "AT": {"defense": "at", "attack.epsilon": 0.2}}[name]
+        recipe = recipes[name]
         settings = {"model": "cnn", "optimizer.learning_rate": 0.05, "trainer.epochs": 3, **recipe}
         model = train(make_config(settings), training, None, 10).model
         standard = name == "standard"
@@ -55,7 +62,7 @@ def subjects(data: Path | None) -> Subjects:
 
     return {
         **found,
-        **{f"MNIST, {name}": (lambda name=name: make(name, data / "mnist")) for name in ("standard", "AT")},
+        **{f"MNIST, {name}": (lambda name=name: make(name, data / "mnist")) for name in recipes},
     }
 
 

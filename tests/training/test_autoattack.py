@@ -233,6 +233,13 @@ def test_bad_input(net: nn.Module, batch: Data) -> None:
         short().run(3, batch.x, batch.y)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_refused(net: nn.Module, batch: Data) -> None:
+    attack = AutoAttack(eps=0.1, device="cuda", verbose=False)
+    with pytest.raises(ValueError, match="device is 'cuda'; expected cpu"):
+        attack.run(net, batch.x, batch.y)
+
+
 def test_shapes_that_square_does_not_take_are_refused_before_work(batch: Data) -> None:
     def never(x: Tensor) -> Tensor:
         raise AssertionError("the model was called")

@@ -53,7 +53,7 @@ def test_individual(net: nn.Module, batch: Data, capsys: Any) -> None:
     found = attack.run_standard_evaluation_individual(batch.x[:20], batch.y[:20])
     assert list(found) == ["apgd-ce", "apgd-dlr"]
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2 and lines[1].startswith("robust accuracy by APGD-DLR")
+    assert len(lines) == 2 and lines[1].startswith("robust accuracy by APGD-DLR \t ")
     # Each alone on all images, so that both break most of what can be broken.
     assert all(float(correct(net, x_adv, batch.y[:20]).float().mean()) < 0.6 for x_adv in found.values())
 

@@ -217,7 +217,10 @@ class AutoAttack(Attack):
 
     def _device_of(self, model: Model, x: Tensor) -> torch.device:
         if self.device is not None:
-            return torch.device(self.device)
+            device = torch.device(self.device)
+            if device.type == "cuda" and not torch.cuda.is_available():
+                raise ValueError(f"device is {str(device)!r}; expected cpu, as torch sees no GPU here")
+            return device
         first = next(model.parameters(), None) if isinstance(model, nn.Module) else None
         return x.device if first is None else first.device
 

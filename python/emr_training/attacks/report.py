@@ -42,8 +42,11 @@ class Report:
 
     def line(self, text: str) -> None:
         """Print a line."""
-        if self._verbose:
+        if self._verbose and self._console.is_terminal:
             self._console.print(text, markup=False)
+        elif self._verbose:
+            # As it is: rich would make blanks of the tabs that scripts look for.
+            print(text, file=self._console.file)
         if self._log_path is not None:
             with open(self._log_path, "a") as log:
                 log.write(f"{datetime.now().isoformat(' ', 'seconds')} {text}\n")
