@@ -51,13 +51,14 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_quick_makes_each_part(quick: Path) -> None:
     plan = Plan(quick / "results", QUICK)
     choices = plan.choices()
-    for part in ("sweep", "final", "ablation", "masking"):
-        for _, wanted in plan.stages(part, choices):
-            assert wanted
-            assert all(job.done for job in wanted)
+    stages = [*plan.sweep_stages(), *plan.runoff_stages(plan.finalists())]
+    stages += [stage for part in ("final", "ablation", "masking") for stage in plan.stages(part, choices)]
+    for _, wanted in stages:
+        assert wanted
+        assert all(job.done for job in wanted)
     results = json.loads((quick / "results" / "report" / "results.json").read_text())
     assert results["missing"] == []
-    assert {*results["sweep"]} == {"mlp standard", "mlp AT 0.1", "mlp-bn AT 0.1"}
+    assert {*results["sweep"]} == {"mlp standard", "mlp AT 0.1", "mlp-bn AT 0.1", "mlp AT 0.1, few images"}
     finals = plan.final_specs(choices)
     assert {*results["final"]} == {*finals}
     assert "mlp-bn AT 0.1, equal cost" in finals

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -14,16 +15,16 @@ from rich.console import Console
 
 from emr_training.errors import nearest
 from emr_training.reporting import write_json
-from experiments.jobs import Clock, run_jobs, unique
+from experiments.jobs import Clock, Job, run_jobs, unique
 from experiments.markers import fill
 from experiments.mnist.figures import draw
-from experiments.mnist.plan import Plan
+from experiments.mnist.plan import Plan, base_title
 from experiments.mnist.results import Collector
 from experiments.mnist.settings import QUICK, Settings
 from experiments.mnist.spec import splits
 from experiments.mnist.tables import tables
 
-PARTS = ("sweep", "final", "ablation", "masking", "predict", "report")
+PARTS = ("sweep", "runoff", "final", "ablation", "masking", "predict", "report")
 
 
 def run(
@@ -44,12 +45,11 @@ def run(
     _announce(plan, chosen, console)
     for part in chosen:
         if part not in ("predict", "report"):
-            choices = {} if part == "sweep" else plan.choices()
-            for stage, wanted in plan.stages(part, choices):
+            for stage, wanted in _stages(plan, part):
                 run_jobs(f"{part}, {stage}", wanted, jobs, clock, console)
-        if part == "sweep":
+        if part == "runoff":
             for base, emr in plan.choices().items():
-                console.print(f"  {' '.join(map(str, base))}: {emr}", highlight=False)
+                console.print(f"  {base_title(base)}: {emr}", highlight=False)
     if "predict" in chosen or "report" in chosen:
         collector = Collector(plan, plan.choices())
         if "predict" in chosen:
@@ -72,12 +72,20 @@ def _report(plan: Plan, collector: Collector, readme: Path | None, console: Cons
 
 def _announce(plan: Plan, parts: list[str], console: Console) -> None:
     """How many results there will be."""
-    choices = plan.any_choices()
     for part in parts:
         if part in ("predict", "report"):
             continue
-        counts = {stage: len(unique(wanted)) for stage, wanted in plan.stages(part, choices)}
+        counts = {stage: len(unique(wanted)) for stage, wanted in _stages(plan, part, stand_ins=True)}
         console.print(f"planned for {part}: {', '.join(f'{n} of {s}' for s, n in counts.items())}", highlight=False)
+
+
+def _stages(plan: Plan, part: str, stand_ins: bool = False) -> Iterator[tuple[str, list[Job]]]:
+    """A part's jobs; with stand-ins for settings that earlier parts choose, to count them."""
+    if part == "sweep":
+        return plan.sweep_stages()
+    if part == "runoff":
+        return plan.runoff_stages(plan.any_finalists() if stand_ins else plan.finalists())
+    return plan.stages(part, plan.any_choices() if stand_ins else plan.choices())
 
 
 def _parts(text: str) -> list[str]:

@@ -81,7 +81,8 @@ def trained(output: Path, spec: Spec, settings: Settings) -> dict[str, Any]:
     data, config = splits(settings), configuration(spec, settings)
     about = {"spec": spec.as_dict(), "config": config.model_dump(mode="json")}
     try:
-        result = train(config, data.train, None, data.classes)
+        images = data.train if spec.images is None else first(data.train, spec.images)
+        result = train(config, images, None, data.classes)
     except TrainingDiverged as error:
         return {**about, "diverged": str(error)}
     if result.stopped is not None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from emr_training.selection import Candidate, choose
 from experiments.jobs import Job, read
@@ -15,9 +15,18 @@ from experiments.mnist.diagnosis import diagnosis
 from experiments.mnist.settings import Settings
 from experiments.mnist.spec import EMR, Spec, at_equal_cost
 
-#: A net and how it is trained: standard, or an attack's defense and radius.
-Base = tuple[str, str, float]
+
+class Base(NamedTuple):
+    """A net and how it is trained: standard, or an attack's defense and radius; on how many images, None: on all."""
+
+    net: str
+    defense: str
+    epsilon: float
+    images: int | None = None
+
+
 Choices = Mapping[Base, EMR]
+Finalists = Mapping[Base, list[EMR]]
 
 
 @dataclass(frozen=True)
@@ -32,6 +41,20 @@ class Setting(Candidate):
         return EMR(self.strength, self.temperature, self.center)
 
 
+@dataclass(frozen=True)
+class Choice:
+    """How a base's setting was chosen: among the best of one seed's sweep by their means over all seeds.
+
+    reference: training without EMR, over all seeds. swept, swept_reference: of the one seed.
+    """
+
+    best: Setting
+    finalists: list[Setting]
+    reference: Setting
+    swept: list[Setting]
+    swept_reference: Setting
+
+
 class Plan:
     """The experiment's models and jobs, below the folder `output`."""
 
@@ -41,50 +64,76 @@ class Plan:
     def sweep_bases(self) -> list[Base]:
         """What has a sweep of its own: all but TRADES, net by net."""
         given = self.settings
-        adversarial = [(net, "at", given.ablation_epsilon) for net in given.ablation_at]
-        wanted = {*((net, "standard", 0.0) for net in given.nets), *adversarial}
-        wanted |= {base for base in self.final_bases() if base[1] != "trades"}
-        nets = tuple(dict.fromkeys((*given.nets, *given.final_nets, *given.final_at)))
-        return sorted(wanted, key=lambda base: (nets.index(base[0]), base[1] != "standard", base[2]))
+        adversarial = [Base(net, "at", given.ablation_epsilon) for net in given.ablation_at]
+        wanted = {*(Base(net, "standard", 0.0) for net in given.nets), *adversarial}
+        wanted |= {base for base in self.final_bases() if base.defense != "trades"}
+        nets = tuple(dict.fromkeys((*given.nets, *given.final_nets, *given.final_at, *given.few_nets)))
+
+        def place(base: Base) -> tuple[int, bool, float, int]:
+            return nets.index(base.net), base.defense != "standard", base.epsilon, base.images or 0
+
+        return sorted(wanted, key=place)
 
     def final_bases(self) -> list[Base]:
         """What the final comparison trains, with EMR and without."""
         given, bases = self.settings, []
         for net in given.final_nets:
-            bases += [(net, "standard", 0.0), *((net, "at", epsilon) for epsilon in given.epsilons)]
-            bases.append((net, "trades", given.trades_epsilon))
-        return list(dict.fromkeys([*bases, *((net, "at", given.ablation_epsilon) for net in given.final_at)]))
+            bases += [Base(net, "standard", 0.0), *(Base(net, "at", epsilon) for epsilon in given.epsilons)]
+            bases.append(Base(net, "trades", given.trades_epsilon))
+        bases += [Base(net, "at", given.ablation_epsilon) for net in given.final_at]
+        bases += [Base(net, "at", given.ablation_epsilon, given.few_images) for net in given.few_nets]
+        return list(dict.fromkeys(bases))
 
     def sweep_specs(self, base: Base) -> dict[EMR | None, Spec]:
-        """The candidates of one sweep by their settings; None: without EMR."""
+        """The candidates of one sweep by their settings; None: without EMR. One seed."""
         given = self.settings
-        net, defense, epsilon = base
-        strengths = given.strengths if defense == "standard" else given.strengths_at
+        strengths = given.strengths if base.defense == "standard" else given.strengths_at
         grid = [EMR(s, t, c) for t, c, s in product(given.temperatures, (False, True), strengths)]
-        return {emr: Spec(net, defense, epsilon, emr, given.seeds[0], given.sweep_epochs) for emr in (None, *grid)}
+        return {emr: self._seeds(base, emr)[0] for emr in (None, *grid)}
 
-    def choice(self, base: Base) -> tuple[Setting, list[Setting], Setting]:
-        """The chosen setting, all candidates and the reference, once the sweep is done.
+    def finalists(self) -> dict[Base, list[EMR]]:
+        """Each base's best settings in its sweep. Raises FileNotFoundError if a sweep is not done."""
+        return {base: self._best_swept(base) for base in self.sweep_bases()}
+
+    def choice(self, base: Base) -> Choice:
+        """The chosen setting, once sweep and runoff are done.
 
         The highest strong-PGD accuracy on the validation images among those that lose at most a point of clean accuracy
-        against the same training without EMR; where none does, the highest clean accuracy.
+        against the same training without EMR; where none does, the highest clean accuracy. So are the finalists chosen
+        in the sweep, and among them the best, then by the means over all seeds.
         """
-        found = {emr: self._candidate(emr, spec) for emr, spec in self.sweep_specs(base).items()}
-        reference = found.pop(None)
-        candidates = list(found.values())
-        best = choose(candidates, reference)
-        assert isinstance(best, Setting)
-        return best, candidates, reference
+        swept, swept_reference = self._swept(base)
+        finalists = [self._candidate(emr, self._seeds(base, emr)) for emr in self._best_swept(base)]
+        reference = self._candidate(None, self._seeds(base, None))
+        return Choice(_best(finalists, reference), finalists, reference, swept, swept_reference)
 
     def choices(self) -> dict[Base, EMR]:
-        """Each base's setting. Raises FileNotFoundError if a sweep is not done."""
-        return {base: self.choice(base)[0].emr for base in self.sweep_bases()}
+        """Each base's setting. Raises FileNotFoundError if a sweep or runoff is not done."""
+        return {base: self.choice(base).best.emr for base in self.sweep_bases()}
 
-    def _candidate(self, emr: EMR | None, spec: Spec) -> Setting:
-        found = read(measure.validation(self.output, spec, self.settings).path)
+    def _swept(self, base: Base) -> tuple[list[Setting], Setting]:
+        """A sweep's candidates and its reference."""
+        found = {emr: self._candidate(emr, [spec]) for emr, spec in self.sweep_specs(base).items()}
+        reference = found.pop(None)
+        return list(found.values()), reference
+
+    def _best_swept(self, base: Base) -> list[EMR]:
+        left, reference = self._swept(base)
+        best: list[EMR] = []
+        while len(best) < self.settings.runoff and any(candidate.clean is not None for candidate in left):
+            found = _best(left, reference)
+            best.append(found.emr)
+            left.remove(found)
+        return best
+
+    def _candidate(self, emr: EMR | None, specs: list[Spec]) -> Setting:
+        """A setting's validation accuracies, the means over `specs`; diverged where one of them did."""
         given = emr or EMR(0.0, 1.0, False)
-        robust = {} if found.get("diverged") else {found["epsilon"]: found["robust"]}
-        return Setting(given.strength, given.temperature, found.get("clean"), robust, given.center)
+        found = [read(measure.validation(self.output, spec, self.settings).path) for spec in specs]
+        if any(one.get("diverged") for one in found):
+            return Setting(given.strength, given.temperature, None, {}, given.center)
+        clean, robust = (sum(one[name] for one in found) / len(found) for name in ("clean", "robust"))
+        return Setting(given.strength, given.temperature, clean, {found[0]["epsilon"]: robust}, given.center)
 
     def final_specs(self, choices: Choices) -> dict[str, list[Spec]]:
         """Methods by name, such as "mlp AT 0.2 + EMR"; a spec for each seed."""
@@ -101,8 +150,8 @@ class Plan:
         given = self.settings
         result: dict[tuple[Base, EMR | None], list[Spec]] = {}
         for net in given.nets:
-            adversarial = [(net, "at", given.ablation_epsilon)] if net in given.ablation_at else []
-            for base in [(net, "standard", 0.0), *adversarial]:
+            adversarial = [Base(net, "at", given.ablation_epsilon)] if net in given.ablation_at else []
+            for base in [Base(net, "standard", 0.0), *adversarial]:
                 result[base, None] = self._seeds(base, None)
                 strength = _chosen(choices, base).strength
                 for temperature, center in product(given.temperatures, (False, True)):
@@ -121,7 +170,7 @@ class Plan:
 
         def tried(other: Spec) -> bool:
             same_net, same_seed = other.net == spec.net, other.seed == spec.seed
-            if (other.defense, other.epsilon) == (spec.defense, spec.epsilon):
+            if (other.defense, other.epsilon, other.images) == (spec.defense, spec.epsilon, spec.images):
                 if replace(other, seed=spec.seed) == spec:
                     return other.seed == following
                 return same_seed and same_net != ((other.emr is not None) == has_emr)
@@ -130,17 +179,27 @@ class Plan:
         return tuple(dict.fromkeys(other for other in among if other != spec and tried(other)))
 
     def _seeds(self, base: Base, emr: EMR | None) -> list[Spec]:
-        net, defense, epsilon = base
-        return [Spec(net, defense, epsilon, emr, seed, self.settings.epochs) for seed in self.settings.seeds]
+        given = self.settings
+        epochs = given.epochs if base.images is None else given.few_epochs
+        return [Spec(base.net, base.defense, base.epsilon, emr, seed, epochs, base.images) for seed in given.seeds]
+
+    def sweep_stages(self) -> Iterator[tuple[str, list[Job]]]:
+        """The jobs of the sweeps in stages; those of one stage need only the stages before."""
+        yield from self._validated([s for base in self.sweep_bases() for s in self.sweep_specs(base).values()])
+
+    def runoff_stages(self, finalists: Finalists) -> Iterator[tuple[str, list[Job]]]:
+        """The same of the runoffs, which need the sweeps."""
+        yield from self._validated(
+            [s for b, among in finalists.items() for e in (None, *among) for s in self._seeds(b, e)]
+        )
+
+    def _validated(self, specs: list[Spec]) -> Iterator[tuple[str, list[Job]]]:
+        yield "training", [measure.training(self.output, spec, self.settings) for spec in specs]
+        yield "validation", [measure.validation(self.output, spec, self.settings) for spec in specs]
 
     def stages(self, part: str, choices: Choices) -> Iterator[tuple[str, list[Job]]]:
-        """The jobs of a part in stages; those of one stage need only the stages before."""
+        """The same of the other parts, which need the choices of the runoffs."""
         output, given = self.output, self.settings
-        if part == "sweep":
-            specs = [spec for base in self.sweep_bases() for spec in self.sweep_specs(base).values()]
-            yield "training", [measure.training(output, spec, given) for spec in specs]
-            yield "validation", [measure.validation(output, spec, given) for spec in specs]
-            return
         finals = self.final_specs(choices)
         if part == "masking":
             specs = _flat(finals)
@@ -167,21 +226,32 @@ class Plan:
             return (own,)
         return tuple(epsilon for epsilon in self.settings.epsilons if epsilon >= own)
 
+    def any_finalists(self) -> dict[Base, list[EMR]]:
+        """Stand-ins before the sweeps are done, to count what there will be to do."""
+        return {base: [EMR(-1.0 - i, -1.0, False) for i in range(self.settings.runoff)] for base in self.sweep_bases()}
+
     def any_choices(self) -> dict[Base, EMR]:
-        """Stand-ins before the sweep is done, to count what there will be to do."""
-        return {base: EMR(-1.0, -1.0, False) for base in self.sweep_bases()}
+        """The same before the runoffs are done."""
+        return {base: among[0] for base, among in self.any_finalists().items()}
 
 
 def base_title(base: Base) -> str:
     """ "mlp AT 0.2", for tables."""
-    net, defense, epsilon = base
-    return f"{net} standard" if defense == "standard" else f"{net} {defense.upper()} {epsilon:g}"
+    if base.defense == "standard":
+        return f"{base.net} standard"
+    few = "" if base.images is None else ", few images"
+    return f"{base.net} {base.defense.upper()} {base.epsilon:g}{few}"
 
 
 def _chosen(choices: Choices, base: Base) -> EMR:
     """TRADES takes adversarial training's setting at its radius: its own sweep would double what the sweeps cost."""
-    net, defense, epsilon = base
-    return choices[(net, "at", epsilon) if defense == "trades" else base]
+    return choices[base._replace(defense="at") if base.defense == "trades" else base]
+
+
+def _best(candidates: list[Setting], reference: Setting) -> Setting:
+    best = choose(candidates, reference)
+    assert isinstance(best, Setting)
+    return best
 
 
 def _flat(specs: Mapping[Any, list[Spec]]) -> list[Spec]:

@@ -10,7 +10,7 @@ from emr_training.reporting import environment
 from experiments.jobs import Job, read
 from experiments.mnist import measure
 from experiments.mnist.diagnosis import CRITERIA, diagnosis, verdict
-from experiments.mnist.plan import Choices, Plan, base_title
+from experiments.mnist.plan import Choices, Plan, Setting, base_title
 from experiments.mnist.spec import Spec
 from experiments.statistics import bootstrapped, paired, spread
 
@@ -48,14 +48,18 @@ class Collector:
         }
 
     def sweep(self) -> dict[str, Any]:
-        """Every candidate's validation accuracies, and which was chosen."""
+        """Every candidate's validation accuracies, of one seed, the finalists' over all seeds, and which was chosen."""
         result = {}
         for base in self.plan.sweep_bases():
-            best, candidates, reference = self.plan.choice(base)
+            choice = self.plan.choice(base)
             result[base_title(base)] = {
-                "chosen": str(best.emr),
-                "without_emr": reference.as_dict(),
-                "candidates": [{"center": c.center, **c.as_dict(), "chosen": c is best} for c in candidates],
+                "chosen": str(choice.best.emr),
+                "without_emr": choice.reference.as_dict(),
+                "finalists": [{**_setting(c), "chosen": c is choice.best} for c in choice.finalists],
+                "one_seed": {
+                    "without_emr": choice.swept_reference.as_dict(),
+                    "candidates": [_setting(c) for c in choice.swept],
+                },
             }
         return result
 
@@ -185,6 +189,10 @@ class Collector:
                 return found
         self.missing.append(str(job.path.relative_to(self.plan.output)))
         return None
+
+
+def _setting(candidate: Setting) -> dict[str, Any]:
+    return {"center": candidate.center, **candidate.as_dict()}
 
 
 def _values(summary: dict[str, Any], name: str) -> list[float | None]:

@@ -12,7 +12,10 @@ class Settings:
     train_images, validation_images, attacked: the first so many of the training split, of the images held out of it,
     and of the test images. nets: of the ablation, in standard training; ablation_at: of them also adversarially, at
     ablation_epsilon. final_nets: of the final comparison; final_at: of its adversarial training at ablation_epsilon
-    alone. standard_epsilon: at which standard training is validated and diagnosed. trades_epsilon: of the training
+    alone. few_nets, few_images, few_epochs: nets that are also trained adversarially at ablation_epsilon on so few
+    images, for so many epochs, that they overfit. strengths, strengths_at: of the sweep, in standard and adversarial
+    training. runoff: how many settings, the best of the sweep's one seed, are compared once more over all seeds.
+    standard_epsilon: at which standard training is validated and diagnosed. trades_epsilon: of the training
     attack. burn_in_epsilon, burn_in_share: the radius of the first epochs, where the attack's is larger, and their
     share: without it small networks learn nothing but the commonest class. ensemble: the attacks of AutoAttack; none:
     its standard version. white_box: what Square is compared with. diagnosed: images for the diagnosis; distances: of
@@ -21,7 +24,7 @@ class Settings:
 
     data: str = "mnist"
     train_images: int = 10_000
-    validation_images: int = 1_000
+    validation_images: int = 2_000
     attacked: int = 1_000
     diagnosed: int = 200
     distances: int = 100
@@ -29,10 +32,12 @@ class Settings:
     final_nets: tuple[str, ...] = ("mlp", "cnn")
     final_at: tuple[str, ...] = ("mlp-bn", "cnn-bn")
     ablation_at: tuple[str, ...] = ("mlp", "mlp-bn")
+    few_nets: tuple[str, ...] = ("mlp", "cnn")
+    few_images: int = 1_000
+    few_epochs: int = 80
     widths: tuple[int, ...] = (128, 128)
     cnn_width: int = 8
     epochs: int = 8
-    sweep_epochs: int = 5
     batch_size: int = 128
     learning_rate: float = 2e-3
     weight_decay: float = 5e-4
@@ -46,8 +51,9 @@ class Settings:
     ablation_epsilon: float = 0.2
     trades_beta: float = 6.0
     temperatures: tuple[float, ...] = (0.1, 1.0, 40.0)
-    strengths: tuple[float, ...] = (3.0, 10.0, 30.0)
-    strengths_at: tuple[float, ...] = (3.0, 30.0)
+    strengths: tuple[float, ...] = (3.0, 10.0, 30.0, 100.0)
+    strengths_at: tuple[float, ...] = (3.0, 30.0, 100.0)
+    runoff: int = 3
     validation_steps: int = 40
     validation_restarts: int = 2
     clean_tolerance: float = 0.01
@@ -72,10 +78,12 @@ QUICK = Settings(
     final_nets=("mlp",),
     final_at=("mlp-bn",),
     ablation_at=("mlp",),
+    few_nets=("mlp",),
+    few_images=64,
+    few_epochs=2,
     widths=(16,),
     cnn_width=2,
     epochs=2,
-    sweep_epochs=1,
     batch_size=64,
     attack_steps=1,
     seeds=(0, 1),
@@ -85,6 +93,7 @@ QUICK = Settings(
     temperatures=(40.0,),
     strengths=(3.0,),
     strengths_at=(1.0,),
+    runoff=1,
     validation_steps=2,
     validation_restarts=1,
     ensemble=("apgd-ce",),

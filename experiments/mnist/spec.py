@@ -36,7 +36,10 @@ class EMR:
 
 @dataclass(frozen=True)
 class Spec:
-    """One model. defense: standard, at or trades; epsilon: of its attack (0: standard). seed: of weights and order."""
+    """One model. defense: standard, at or trades; epsilon: of its attack (0: standard). seed: of weights and order.
+
+    images: the first so many training images; None: all that the settings take.
+    """
 
     net: str
     defense: str
@@ -44,11 +47,13 @@ class Spec:
     emr: EMR | None
     seed: int
     epochs: int
+    images: int | None = None
 
     @property
     def group(self) -> str:
         """The configuration without its seed."""
         parts = [self.net, self.defense if self.defense == "standard" else f"{self.defense}{self.epsilon:g}"]
+        parts += [] if self.images is None else [f"n{self.images}"]
         parts += [] if self.emr is None else [self.emr.slug]
         return "_".join([*parts, f"e{self.epochs}"])
 

@@ -27,7 +27,8 @@ def _runs(results: Mapping[str, Any]) -> str:
     seeds = ", ".join(map(str, given["seeds"]))
     lines = [
         f"{given['train_images']} training, {given['validation_images']} validation and {given['attacked']} attacked "
-        f"test images of {given['data']}; {given['epochs']} epochs; seeds {seeds}. "
+        f"test images of {given['data']}; {given['epochs']} epochs (few images: {given['few_images']} for "
+        f"{given['few_epochs']} epochs); seeds {seeds}. "
         f"{results['computing_seconds'] / 3600:.2f} hours of one thread in all, "
         f"with torch {where['packages']['torch']}."
     ]
@@ -39,9 +40,9 @@ def _runs(results: Mapping[str, Any]) -> str:
 def _sweep(sweep: Mapping[str, Any]) -> str:
     rows = []
     for base, found in sweep.items():
-        without = found["without_emr"]
-        chosen = next(c for c in found["candidates"] if c["chosen"])
-        at40 = [c for c in found["candidates"] if c["temperature"] >= 10 and c["clean_accuracy"] is not None]
+        without, one_seed = found["without_emr"], found["one_seed"]
+        chosen = next(c for c in found["finalists"] if c["chosen"])
+        at40 = [c for c in one_seed["candidates"] if c["temperature"] >= 10 and c["clean_accuracy"] is not None]
         best40 = max((c["mean_robust_accuracy"] for c in at40), default=float("nan"))
         rows.append(
             [
@@ -51,11 +52,12 @@ def _sweep(sweep: Mapping[str, Any]) -> str:
                 f"{100 * (chosen['clean_accuracy'] or 0):.1f}",
                 f"{100 * without['mean_robust_accuracy']:.1f}",
                 f"{100 * chosen['mean_robust_accuracy']:.1f}",
+                f"{100 * one_seed['without_emr']['mean_robust_accuracy']:.1f}",
                 f"{100 * best40:.1f}",
             ]
         )
-    headers = ["trained", "chosen", "clean, λ=0", "clean, chosen", "robust, λ=0", "robust, chosen", "best at T=40"]
-    return table(headers, rows)
+    headers = ["trained", "chosen", "clean, λ=0", "clean, chosen", "robust, λ=0", "robust, chosen"]
+    return table([*headers, "λ=0, one seed", "best at T=40, one seed"], rows)
 
 
 def _final(final: Mapping[str, Any]) -> str:
