@@ -6,6 +6,7 @@
 #include "rows.h"
 #include "smooth.h"
 #include "steps.h"
+#include "winograd.h"
 
 #if EMR_X86
 #include <immintrin.h>
@@ -27,6 +28,7 @@ namespace avx2 {
 
 #include "affine_relu.inc"
 #include "masked_gemm.inc"
+#include "winograd.inc"
 #include "pairwise_margins.inc"
 #include "steps.inc"
 #include "hyperplane.inc"
@@ -50,6 +52,7 @@ const RowKernels& row_kernels_avx2(Dtype dtype) { return avx2::row_table(dtype);
 SmoothKernel smooth_kernel_avx2(Dtype dtype, Smooth kind, bool both) {
   return avx2::smooth_kernel_for(dtype, kind, both);
 }
+const WinogradKernels& winograd_kernels_avx2() { return avx2::winograd_table; }
 
 }  // namespace emr
 

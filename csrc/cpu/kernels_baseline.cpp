@@ -6,6 +6,7 @@
 #include "rows.h"
 #include "smooth.h"
 #include "steps.h"
+#include "winograd.h"
 
 #include <torch/headeronly/util/Half.h>
 
@@ -31,6 +32,7 @@ __attribute__((noinline)) static uint16_t float_to_half(float value) {
 
 #include "affine_relu.inc"
 #include "masked_gemm.inc"
+#include "winograd.inc"
 #include "pairwise_margins.inc"
 #include "steps.inc"
 #include "hyperplane.inc"
@@ -54,5 +56,6 @@ const RowKernels& row_kernels_baseline(Dtype dtype) { return baseline::row_table
 SmoothKernel smooth_kernel_baseline(Dtype dtype, Smooth kind, bool both) {
   return baseline::smooth_kernel_for(dtype, kind, both);
 }
+const WinogradKernels& winograd_kernels_baseline() { return baseline::winograd_table; }
 
 }  // namespace emr

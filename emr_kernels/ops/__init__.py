@@ -17,6 +17,7 @@ from emr_kernels.ops.smooth import smooth_jvp, smooth_vjp
 from emr_kernels.ops.sq_norms import sq_norms
 from emr_kernels.ops.to_hyperplane import to_hyperplane
 from emr_kernels.ops.windows import read_windows, write_windows
+from emr_kernels.ops.winograd import winograd_convolution, winograd_weight
 
 __all__ = [
     "LogitSeeds",
@@ -41,5 +42,7 @@ __all__ = [
     "sq_norms",
     "to_hyperplane",
     "unpack_bits",
+    "winograd_convolution",
+    "winograd_weight",
     "write_windows",
 ]

@@ -10,7 +10,7 @@ import torch
 
 from emr_kernels import ops
 from emr_kernels.linearize.graph import Node
-from emr_kernels.linearize.rules import folded
+from emr_kernels.linearize.rules import folded, winograd
 from emr_kernels.linearize.rules.base import Rule, Tensors, rule_for
 from emr_kernels.linearize.rules.packed import PackedConvolution, linear
 
@@ -31,6 +31,15 @@ def _shape_of(tensor: torch.Tensor) -> torch.Tensor:
     (stride 0) would lose channels_last.
     """
     return torch.empty_like(tensor, device="meta")
+
+
+def _convolution(
+    input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, options: tuple[Any, ...]
+) -> torch.Tensor:
+    if winograd.serves(input, weight, options, once=True):
+        return winograd.convolution(input, ops.winograd_weight(weight), len(weight), bias, options[1])
+    output: torch.Tensor = aten.convolution.default(input, weight, bias, *options)
+    return output
 
 
 class BilinearRule(Rule):
@@ -164,7 +173,7 @@ class ConvolutionRule(BilinearRule):
         if self._packed is not None and self._packed.takes(input):
             output = self._packed.forward(input)
         else:
-            output = aten.convolution.default(input, weight, bias, *options)
+            output = _convolution(input, weight, bias, options)
         return output, _ConvResidual(_shape_of(input), weight, options, input if primal else None)
 
     def vjp(self, residual: _ConvResidual, cotangent: Any) -> Tensors:
@@ -174,6 +183,10 @@ class ConvolutionRule(BilinearRule):
             return (grad.contiguous(memory_format=ops.dense_format(like)),)
         if self._packed is not None and self._packed.weight is residual.weight and self._packed.takes(cotangent):
             return (self._packed.vjp(cotangent, residual.input_like.shape),)
+        if winograd.serves(cotangent, residual.weight, residual.options, once=True):
+            padding = [2 - pad for pad in residual.options[1]]
+            turned = ops.winograd_weight(residual.weight, True)
+            return (winograd.convolution(cotangent, turned, residual.weight.shape[1], None, padding),)
         dummy = torch.empty_like(residual.input_like, device=cotangent.device)
         grad, _, _ = aten.convolution_backward.default(
             cotangent, dummy, residual.weight, None, *residual.options, [True, False, False]
@@ -181,7 +194,9 @@ class ConvolutionRule(BilinearRule):
         return (grad,)
 
     def jvp(self, residual: _ConvResidual, tangents: Tensors) -> Any:
-        return aten.convolution.default(tangents[0], residual.weight, None, *residual.options)
+        (tangent,) = tangents
+        assert tangent is not None
+        return _convolution(tangent, residual.weight, None, residual.options)
 
     def _weight_grad(self, residual: _ConvResidual, cotangent: torch.Tensor, operand: torch.Tensor) -> torch.Tensor:
         grad: torch.Tensor = aten.convolution_backward.default(

@@ -2,8 +2,9 @@
 
 Convolutions by a weight that stays what it is keep it in the layout that oneDNN works in: `aten::convolution` brings it
 there at every call, on one thread for the small ones and between two waits for all threads; for wide layers at small
-batches that is a tenth and more of the call. Products with a linear layer's weight need no packing; they run at up to
-three times the speed of the library that `aten::linear` calls where few classes come out of many features.
+batches that is a tenth and more of the call. (Where `winograd` serves, what is kept is the weight of that.) Products
+with a linear layer's weight need no packing; they run at up to three times the speed of the library that
+`aten::linear` calls where few classes come out of many features.
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+
+from emr_kernels import ops
+from emr_kernels.linearize.rules import winograd
 
 mkldnn = torch.ops.mkldnn
 #: Products of fewer multiplications are done before oneDNN has found its kernel.
@@ -34,7 +38,9 @@ class PackedConvolution:
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, options: tuple[Any, ...]) -> None:
         self.weight = weight
         self._bias = bias
+        self._options = options
         self._stride, self._padding, self._dilation, _, _, self._groups = options
+        self._winograd_weights: dict[bool, torch.Tensor] = {}
         self._forward_weight: torch.Tensor | None = None
         self._vjp_weights: dict[tuple[int, ...], torch.Tensor] = {}
 
@@ -55,6 +61,10 @@ class PackedConvolution:
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """The convolution of the input, [N, C, H, W], and its bias."""
+        if winograd.serves(input, self.weight, self._options, once=False):
+            return winograd.convolution(
+                input, self._winograd_weight(False), len(self.weight), self._bias, self._padding
+            )
         geometry = (self._padding, self._stride, self._dilation, self._groups)
         if self._forward_weight is None:
             self._forward_weight = mkldnn._reorder_convolution_weight(self.weight, *geometry, list(input.shape))
@@ -65,6 +75,9 @@ class PackedConvolution:
 
     def vjp(self, cotangent: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
         """The cotangent of an input of this shape, by the transposed convolution."""
+        if winograd.serves(cotangent, self.weight, self._options, once=False):
+            padding = [2 - pad for pad in self._padding]
+            return winograd.convolution(cotangent, self._winograd_weight(True), self.weight.shape[1], None, padding)
         # What the strides leave over at the end of each extent.
         rest = tuple(
             extent - ((out - 1) * stride - 2 * padding + dilation * (kernel - 1) + 1)
@@ -87,6 +100,11 @@ class PackedConvolution:
             cotangent, self._vjp_weights[rest], None, *geometry, "none", [], ""
         )
         return result
+
+    def _winograd_weight(self, transposed: bool) -> torch.Tensor:
+        if transposed not in self._winograd_weights:
+            self._winograd_weights[transposed] = ops.winograd_weight(self.weight, transposed)
+        return self._winograd_weights[transposed]
 
 
 def linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
