@@ -50,9 +50,27 @@ struct WinogradWeightTask {
 // Rows [begin, end), counted over all panels.
 using WinogradWeightKernel = void (*)(const WinogradWeightTask&, int64_t begin, int64_t end);
 
+// The gradient of those kernels, from images and cotangents of the output, tiles [first, first + tiles).
+struct WinogradGradTask {
+  WinogradTask images;     // x [N, H, W, C]
+  const float* cotangent;  // [N, OH, OW, K]
+  const float* zeros;      // [C]
+  float* values;           // [tiles][C] of the images, a winograd_stride apart for each product
+  float* cotangents;       // [tiles][K] of the cotangents, likewise
+  float* products;         // as a WinogradTask's weight
+  int64_t first, tiles;
+};
+// Tiles [begin, end) of those, to values and cotangents; their products, panels [begin, end) counted over all products,
+// added to what is there unless these are the first tiles; kernels of products, the adjoint of a WinogradWeightKernel.
+using WinogradGradKernel = void (*)(const WinogradGradTask&, int64_t begin, int64_t end);
+using WinogradKernelsOf = void (*)(const WinogradWeightTask&, float* kernels, int64_t begin, int64_t end);
+
 struct WinogradKernels {
   WinogradKernel convolution;
   WinogradWeightKernel weight;
+  WinogradGradKernel grad_values;
+  WinogradGradKernel grad_products;
+  WinogradKernelsOf grad_kernels;
 };
 
 const WinogradKernels& winograd_kernels_baseline();

@@ -17,7 +17,7 @@ from emr_kernels.ops.smooth import smooth_jvp, smooth_vjp
 from emr_kernels.ops.sq_norms import sq_norms
 from emr_kernels.ops.to_hyperplane import to_hyperplane
 from emr_kernels.ops.windows import read_windows, write_windows
-from emr_kernels.ops.winograd import winograd_convolution, winograd_weight
+from emr_kernels.ops.winograd import winograd_convolution, winograd_weight, winograd_weight_grad
 
 __all__ = [
     "LogitSeeds",
@@ -44,5 +44,6 @@ __all__ = [
     "unpack_bits",
     "winograd_convolution",
     "winograd_weight",
+    "winograd_weight_grad",
     "write_windows",
 ]

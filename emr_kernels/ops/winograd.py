@@ -100,6 +100,19 @@ def _check_float32(name: str, tensor: object) -> None:
         raise TypeError(f"{name} {found}; expected a float32 tensor")
 
 
+def _tiles_of(x: torch.Tensor, extents: Sequence[int], pad_height: int, pad_width: int) -> torch.Tensor:
+    """Bᵀ d B of the tiles that outputs of these extents read, `[6, 6, N, down, across, C]`."""
+    # The last tiles read beyond the padding.
+    beyond = [
+        (-(-out // TILE) - 1) * TILE + READ - extent - pad
+        for out, extent, pad in zip(extents, x.shape[1:3], (pad_height, pad_width), strict=True)
+    ]
+    padded = F.pad(x, (0, 0, pad_width, beyond[1], pad_height, beyond[0]))
+    tiles = padded.unfold(1, READ, TILE).unfold(2, READ, TILE)
+    to_input = x.new_tensor(_TO_INPUT)
+    return torch.einsum("ai,bj,nyxcij->abnyxc", to_input, to_input, tiles)
+
+
 def winograd_convolution_reference(
     y: torch.Tensor,
     x: torch.Tensor,
@@ -111,18 +124,11 @@ def winograd_convolution_reference(
     """`winograd_convolution` in plain PyTorch."""
     if y.numel() == 0:
         return
-    down, across = (-(-extent // TILE) for extent in y.shape[1:3])
-    # The last tiles read beyond the padding.
-    beyond = [
-        (tiles - 1) * TILE + READ - extent - pad
-        for tiles, extent, pad in ((down, x.shape[1], pad_height), (across, x.shape[2], pad_width))
-    ]
-    padded = F.pad(x, (0, 0, pad_width, beyond[1], pad_height, beyond[0]))
-    tiles = padded.unfold(1, READ, TILE).unfold(2, READ, TILE)
-    to_input, to_output = (x.new_tensor(matrix) for matrix in (_TO_INPUT, _TO_OUTPUT))
-    values = torch.einsum("ai,bj,nyxcij->abnyxc", to_input, to_input, tiles).flatten(0, 1)
+    values = _tiles_of(x, y.shape[1:3], pad_height, pad_width)
+    down, across = values.shape[3:5]
     whole = weight.transpose(1, 2).flatten(2)[..., : y.shape[3]]
-    products = (values.flatten(1, 3) @ whole).view(READ, READ, len(x), down, across, -1)
+    products = (values.flatten(2, 4).flatten(0, 1) @ whole).view(READ, READ, len(x), down, across, -1)
+    to_output = x.new_tensor(_TO_OUTPUT)
     outputs = torch.einsum("ia,jb,abnyxk->nyixjk", to_output, to_output, products)
     outputs = outputs.reshape(len(x), down * TILE, across * TILE, -1)[:, : y.shape[1], : y.shape[2]]
     y.copy_(outputs if bias is None else outputs + bias)
@@ -144,6 +150,38 @@ _winograd_convolution = _dispatch.define(
     "SymInt pad_width) -> ()",
     winograd_convolution_reference,
     _winograd_convolution_fake,
+)
+
+
+def winograd_weight_grad_reference(
+    grad: torch.Tensor, x: torch.Tensor, cotangent: torch.Tensor, pad_height: int, pad_width: int
+) -> None:
+    """`winograd_weight_grad` in plain PyTorch."""
+    if cotangent.numel() == 0:
+        grad.zero_()
+        return
+    values = _tiles_of(x, cotangent.shape[1:3], pad_height, pad_width)
+    down, across = values.shape[3:5]
+    beyond = [tiles * TILE - extent for tiles, extent in ((down, cotangent.shape[1]), (across, cotangent.shape[2]))]
+    outputs = (
+        F.pad(cotangent, (0, 0, 0, beyond[1], 0, beyond[0])).unflatten(1, (down, TILE)).unflatten(3, (across, TILE))
+    )
+    to_output, to_weight = (x.new_tensor(matrix) for matrix in (_TO_OUTPUT, _TO_WEIGHT))
+    spread = torch.einsum("ia,jb,nyixjk->abnyxk", to_output, to_output, outputs)
+    products = torch.einsum("abnyxc,abnyxk->abck", values, spread)
+    grad.copy_(torch.einsum("ai,bj,abck->kcij", to_weight, to_weight, products))
+
+
+def _winograd_weight_grad_fake(
+    grad: torch.Tensor, x: torch.Tensor, cotangent: torch.Tensor, pad_height: int, pad_width: int
+) -> None:
+    return None
+
+
+_winograd_weight_grad = _dispatch.define(
+    "winograd_weight_grad(Tensor(a!) grad, Tensor x, Tensor cotangent, SymInt pad_height, SymInt pad_width) -> ()",
+    winograd_weight_grad_reference,
+    _winograd_weight_grad_fake,
 )
 
 
@@ -174,7 +212,40 @@ def winograd_convolution(
         TypeError, ValueError: for a wrong dtype, shape, device or layout.
         RuntimeError: if a tensor requires grad in grad mode (the operator has no derivative of its own).
     """
-    tensors = {"x": x, "y": y, "weight": weight, **({} if bias is None else {"bias": bias})}
+    given = {"x": x, "y": y, "weight": weight, **({} if bias is None else {"bias": bias})}
+    _check("winograd_convolution", given, padding)
+    expected = (READ * READ, -(-y.shape[3] // _PANEL), x.shape[3], _PANEL)
+    if weight.shape != expected:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}; expected {expected}, from winograd_weight")
+    if bias is not None and bias.shape != y.shape[3:]:
+        raise ValueError(f"bias has shape {tuple(bias.shape)}; expected ({y.shape[3]},)")
+    _winograd_convolution(x, y, x, weight, bias, *padding)
+
+
+def winograd_weight_grad(x: torch.Tensor, cotangent: torch.Tensor, padding: Sequence[int] = (1, 1)) -> torch.Tensor:
+    """The gradient of those kernels: of the sum of the cotangent times the convolution of x.
+
+    Args:
+        x: `[N, H, W, C]`, row-major, float32. C and K are multiples of 16.
+        cotangent: of the output, `[N, H + 2 padding - 2, W + 2 padding - 2, K]`, row-major, float32.
+        padding: of the convolution, down and across.
+
+    Returns:
+        `[K, C, 3, 3]`, in channels_last order.
+
+    Raises:
+        TypeError, ValueError: for a wrong dtype, shape, device or layout.
+        RuntimeError: if a tensor requires grad in grad mode (the operator has no derivative of its own).
+    """
+    _check("winograd_weight_grad", {"x": x, "cotangent": cotangent}, padding)
+    grad = x.new_empty((cotangent.shape[3], 3, 3, x.shape[3])).permute(0, 3, 1, 2)
+    _winograd_weight_grad(x, grad, x, cotangent, *padding)
+    return grad
+
+
+def _check(operator: str, tensors: dict[str, torch.Tensor], padding: Sequence[int]) -> None:
+    """Of images (the first), the output or its cotangent (the second), and what else is given."""
+    (first, x), (second, y) = list(tensors.items())[:2]
     for name, tensor in tensors.items():
         _check_float32(name, tensor)
         dims = 1 if name == "bias" else 4
@@ -184,19 +255,13 @@ def winograd_convolution(
                 "row-major"
             )
         if tensor.device != x.device:
-            raise ValueError(f"{name} is on device {tensor.device}; expected {x.device}, that of x")
-    _checks.check_not_differentiated("winograd_convolution", **tensors)
+            raise ValueError(f"{name} is on device {tensor.device}; expected {x.device}, that of {first}")
+    _checks.check_not_differentiated(operator, **tensors)
     if len(padding) != 2 or min(padding) < 0:
         raise ValueError(f"padding is {tuple(padding)}; expected two numbers, at least 0")
-    for name, tensor in (("x", x), ("y", y)):
+    for name, tensor in ((first, x), (second, y)):
         if tensor.shape[3] % UNIT:
             raise ValueError(f"{name} has {tensor.shape[3]} channels; expected a multiple of {UNIT}")
     extents = [len(x), *(extent + 2 * pad - 2 for extent, pad in zip(x.shape[1:3], padding, strict=True)), y.shape[3]]
     if min(extents) < 0 or list(y.shape) != extents:
-        raise ValueError(f"y has shape {tuple(y.shape)}; expected {extents}, for x of shape {tuple(x.shape)}")
-    expected = (READ * READ, -(-y.shape[3] // _PANEL), x.shape[3], _PANEL)
-    if weight.shape != expected:
-        raise ValueError(f"weight has shape {tuple(weight.shape)}; expected {expected}, from winograd_weight")
-    if bias is not None and bias.shape != y.shape[3:]:
-        raise ValueError(f"bias has shape {tuple(bias.shape)}; expected ({y.shape[3]},)")
-    _winograd_convolution(x, y, x, weight, bias, *padding)
+        raise ValueError(f"{second} has shape {tuple(y.shape)}; expected {extents}, for {first} of {tuple(x.shape)}")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from emr_kernels import EffectiveWeightPenalty
+from emr_kernels import EffectiveWeightPenalty, ops
 from emr_kernels.linearize import LinearizedPoint
 from emr_kernels.linearize.cache import find_program
 from emr_kernels.linearize.rules import winograd
@@ -53,14 +53,22 @@ def problem(samples: int) -> tuple[nn.Module, Tensor]:
     return model, torch.rand(samples, 3, 10, 11).contiguous(memory_format=torch.channels_last)
 
 
-def test_penalty_and_its_gradient(uses: list[tuple[int, ...]]) -> None:
+def test_penalty_and_its_gradient(uses: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
+    gradients: list[Tensor] = []
+    weight_grad = ops.winograd_weight_grad
+
+    def counting(*args: Any) -> Tensor:
+        gradients.append(weight_grad(*args))
+        return gradients[-1]
+
+    monkeypatch.setattr(ops, "winograd_weight_grad", counting)
     model, x = problem(12)
     penalty = EffectiveWeightPenalty(model, temperature=1.0)
     value = penalty(x)
     value.backward()
     assert penalty.engine == "linearized"
     # Forward, vjp and jvp of both.
-    assert len(uses) == 6
+    assert len(uses) == 6 and len(gradients) == 2
     found = [p.grad.clone() for p in model.parameters() if p.grad is not None]
     exact = network().double().eval()
     exact.load_state_dict(model.state_dict())

@@ -12,7 +12,11 @@ from torch.nn.functional import conv2d
 from backends import run_on_instruction_set
 from emr_kernels import ops
 from emr_kernels.ops._dispatch import operators
-from emr_kernels.ops.winograd import winograd_convolution_reference, winograd_weight_reference
+from emr_kernels.ops.winograd import (
+    winograd_convolution_reference,
+    winograd_weight_grad_reference,
+    winograd_weight_reference,
+)
 
 # Images, height, width, channels, output channels, padding down and across.
 GEOMETRIES = [
@@ -35,6 +39,7 @@ def both(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
     if request.param == "reference":
         monkeypatch.setattr(operators["winograd_convolution"], "overload", winograd_convolution_reference)
         monkeypatch.setattr(operators["winograd_weight"], "overload", winograd_weight_reference)
+        monkeypatch.setattr(operators["winograd_weight_grad"], "overload", winograd_weight_grad_reference)
 
 
 def problem(geometry: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor, tuple[int, int]]:
@@ -83,6 +88,20 @@ def test_the_transposed_weight_gives_the_vjp(geometry: tuple[int, ...], memory_f
 
 
 @pytest.mark.usefixtures("both")
+@pytest.mark.parametrize("geometry", [*GEOMETRIES, (40, 32, 32, 16, 16, 1, 1)], ids=str)
+def test_the_gradient_of_the_kernels_of_a_convolution(geometry: tuple[int, ...]) -> None:
+    # The last: tiles in two parts.
+    x, kernels, _, padding = problem(geometry)
+    leaf = kernels.double().requires_grad_()
+    output = conv2d(x.permute(0, 3, 1, 2).double(), leaf, padding=padding)
+    cotangent = torch.randn(output.shape) / output[:, 0].numel() ** 0.5
+    (expected,) = torch.autograd.grad(output, leaf, cotangent.double())
+    found = ops.winograd_weight_grad(x, cotangent.permute(0, 2, 3, 1).contiguous(), padding)
+    close(found, expected)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.usefixtures("both")
 def test_rounding_is_near_that_of_the_plain_sum() -> None:
     x, kernels, _, padding = problem((4, 16, 16, 64, 64, 1, 1))
     images = x.permute(0, 3, 1, 2)
@@ -104,10 +123,11 @@ def test_threads_do_not_change_it() -> None:
             torch.set_num_threads(count)
             y = torch.empty(7, 13, 17, 32)
             ops.winograd_convolution(y, x, weight, bias, padding)
-            results.append(y)
+            results.append((y, ops.winograd_weight_grad(x, bias.expand(7, 13, 17, 32).contiguous())))
     finally:
         torch.set_num_threads(threads)
-    assert all(torch.equal(results[0], other) for other in results[1:])
+    for other in results[1:]:
+        assert all(torch.equal(*pair) for pair in zip(results[0], other, strict=True))
 
 
 @pytest.mark.usefixtures("both")
@@ -116,6 +136,8 @@ def test_nothing_to_do() -> None:
     weight = ops.winograd_weight(kernels)
     ops.winograd_convolution(torch.empty(0, 4, 4, 16), torch.empty(0, 4, 4, 16), weight)
     ops.winograd_convolution(torch.empty(1, 0, 4, 16), torch.empty(1, 2, 6, 16), weight, None, (0, 0))
+    assert not ops.winograd_weight_grad(torch.empty(0, 4, 4, 16), torch.empty(0, 4, 4, 16)).any()
+    assert not ops.winograd_weight_grad(torch.empty(1, 2, 6, 16), torch.empty(1, 0, 4, 32), (0, 0)).any()
 
 
 @pytest.mark.parametrize("index", range(2))
@@ -129,6 +151,7 @@ def test_opcheck() -> None:
     torch.library.opcheck(torch.ops.emr.winograd_weight.default, (torch.empty_like(weight), kernels, True))
     y = torch.empty(2, 8, 8, 32)
     torch.library.opcheck(torch.ops.emr.winograd_convolution.default, (y, x, weight, bias, *padding))
+    torch.library.opcheck(torch.ops.emr.winograd_weight_grad.default, (torch.empty_like(kernels), x, y, *padding))
 
 
 def test_compile() -> None:
@@ -137,7 +160,7 @@ def test_compile() -> None:
     def function(x: Tensor, kernels: Tensor) -> Tensor:
         y = torch.empty(3, 9, 4, 48)
         ops.winograd_convolution(y, x * 2, ops.winograd_weight(kernels), bias, padding)
-        return y + 1
+        return y + ops.winograd_weight_grad(x, y, padding).sum()
 
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")(x, kernels)
     torch.testing.assert_close(compiled, function(x, kernels))
@@ -166,6 +189,22 @@ def test_bad_arguments(change: dict[str, Any], error: type[Exception], message: 
     given["weight"] = torch.zeros(36, 1, 16, 32)
     with pytest.raises(error, match=message):
         ops.winograd_convolution(**{**given, **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"x": torch.zeros(2, 8, 8, 16).half()}, TypeError, "x has dtype torch.float16"),
+        ({"cotangent": torch.zeros(2, 8, 32)}, ValueError, "cotangent has shape"),
+        ({"cotangent": torch.zeros(2, 8, 8, 8)}, ValueError, "cotangent has 8 channels"),
+        ({"cotangent": torch.zeros(3, 8, 8, 32)}, ValueError, "cotangent has shape"),
+        ({"padding": (0, 1)}, ValueError, "cotangent has shape"),
+    ],
+)
+def test_bad_arguments_of_the_gradient(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    given: dict[str, Any] = {"x": torch.zeros(2, 8, 8, 16), "cotangent": torch.zeros(2, 8, 8, 32)}
+    with pytest.raises(error, match=message):
+        ops.winograd_weight_grad(**{**given, **change})
 
 
 @pytest.mark.parametrize(

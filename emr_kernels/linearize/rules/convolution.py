@@ -199,6 +199,9 @@ class ConvolutionRule(BilinearRule):
         return _convolution(tangent, residual.weight, None, residual.options)
 
     def _weight_grad(self, residual: _ConvResidual, cotangent: torch.Tensor, operand: torch.Tensor) -> torch.Tensor:
+        if all(winograd.serves(t, residual.weight, residual.options, once=True) for t in (operand, cotangent)):
+            images, rows = (t.permute(0, 2, 3, 1) for t in (operand, cotangent))
+            return ops.winograd_weight_grad(images, rows, residual.options[1])
         grad: torch.Tensor = aten.convolution_backward.default(
             cotangent, operand, residual.weight, None, *residual.options, [False, True, False]
         )[1]
