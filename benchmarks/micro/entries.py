@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from benchmarks.micro.convolutions import CONVOLUTIONS
 from benchmarks.micro.entry import Entry, Inputs, Make, shape_name
 from benchmarks.micro.products import PRODUCTS
 from emr_kernels import ops
@@ -245,4 +246,5 @@ ENTRIES: tuple[Entry, ...] = (
     *(_logit_seeds(*rows, kind) for kind in ("softmax", "ce") for rows in _LOGITS),
     *(_robust_losses(*rows) for rows in _LOGITS),
     *PRODUCTS,
+    *CONVOLUTIONS,
 )

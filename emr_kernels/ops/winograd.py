@@ -31,7 +31,7 @@ _TO_INPUT = [
     [0, _A, -0.5, -_B, 1, 0],
     [0, 1, 0, -2.5, 0, 1],
 ]
-_TO_WEIGHT = [
+TO_WEIGHT = [
     [1, 0, 0],
     [-2 / 3, -2 / 3 * _A, -1 / 3],
     [-2 / 3, 2 / 3 * _A, -1 / 3],
@@ -51,7 +51,7 @@ def winograd_weight_reference(packed: torch.Tensor, weight: torch.Tensor, transp
     """`winograd_weight` in plain PyTorch, into its result."""
     turned = weight.flip(2, 3).permute(2, 3, 0, 1) if transposed else weight.permute(2, 3, 1, 0)
     channels, columns = turned.shape[2:]
-    matrix = weight.new_tensor(_TO_WEIGHT)
+    matrix = weight.new_tensor(TO_WEIGHT)
     products = torch.einsum("ai,bj,ijck->abck", matrix, matrix, turned)
     panels = packed.shape[1]
     spread = F.pad(products, (0, panels * _PANEL - columns)).view(READ * READ, channels, panels, _PANEL)
@@ -166,7 +166,7 @@ def winograd_weight_grad_reference(
     outputs = (
         F.pad(cotangent, (0, 0, 0, beyond[1], 0, beyond[0])).unflatten(1, (down, TILE)).unflatten(3, (across, TILE))
     )
-    to_output, to_weight = (x.new_tensor(matrix) for matrix in (_TO_OUTPUT, _TO_WEIGHT))
+    to_output, to_weight = (x.new_tensor(matrix) for matrix in (_TO_OUTPUT, TO_WEIGHT))
     spread = torch.einsum("ia,jb,nyixjk->abnyxk", to_output, to_output, outputs)
     products = torch.einsum("abnyxc,abnyxk->abck", values, spread)
     grad.copy_(torch.einsum("ai,bj,abck->kcij", to_weight, to_weight, products))
