@@ -1,4 +1,5 @@
 // affine_relu, its vjp and its jvp on the CPU.
+#include "kernel_set.h"
 #include "layout.h"
 
 namespace emr::cpu {
@@ -22,7 +23,7 @@ void forward(
       scales.data(),
       shifts.data(),
       negative_slope};
-  const Kernels& k = kernels(dtype_of(a));
+  const Kernels& k = kernel_set().affine_relu(dtype_of(a));
   over_blocks(g.numel, [&](int64_t begin, int64_t end) { k.forward(task, begin, end); });
 }
 
@@ -44,7 +45,7 @@ void backward(
       static_cast<const uint8_t*>(bits.const_data_ptr()),
       scales.data(),
       negative_slope};
-  const Kernels& k = kernels(dtype_of(in));
+  const Kernels& k = kernel_set().affine_relu(dtype_of(in));
   over_blocks(g.numel, [&](int64_t begin, int64_t end) { k.backward(task, begin, end); });
 }
 
@@ -114,7 +115,7 @@ void backward_sums(
       static_cast<const uint8_t*>(bits.const_data_ptr()),
       scales.data(),
       negative_slope};
-  const Kernels& k = kernels(dtype_of(in));
+  const Kernels& k = kernel_set().affine_relu(dtype_of(in));
   std::vector<double> result(dscale.numel(), 0.0);
   g.periodic ? sum_over_periods<A>(task, k, result.data()) : sum_over_rows<A>(task, k, result.data());
   std::copy(result.begin(), result.end(), static_cast<A*>(dscale.mutable_data_ptr()));

@@ -70,23 +70,4 @@ struct Kernels {
 
 enum class Dtype { f32, f64, bf16, fp16 };
 
-const Kernels& kernels_baseline(Dtype dtype);
-#if EMR_X86
-const Kernels& kernels_avx2(Dtype dtype);
-const Kernels& kernels_avx512(Dtype dtype);
-#endif
-
-inline const Kernels& kernels(Dtype dtype) {
-  static const Isa isa = chosen_isa();
-#if EMR_X86
-  if (isa == Isa::avx512) {
-    return kernels_avx512(dtype);
-  }
-  if (isa == Isa::avx2) {
-    return kernels_avx2(dtype);
-  }
-#endif
-  return kernels_baseline(dtype);
-}
-
 }  // namespace emr

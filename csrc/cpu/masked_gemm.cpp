@@ -1,6 +1,7 @@
 // masked_gemm and masked_chain on the CPU.
 #include <string>
 
+#include "kernel_set.h"
 #include "masked_chain.h"
 
 namespace emr::cpu {
@@ -61,7 +62,7 @@ void run(const ChainTask& task, const Tensor& grad, const Tensor& result) {
     std::memset(result.mutable_data_ptr(), 0, result.numel() * result.element_size());
     return;
   }
-  const ProductKernels& kernels = product_kernels(dtype_of(grad));
+  const ProductKernels& kernels = kernel_set().products(dtype_of(grad));
   if (grad.scalar_type() == ScalarType::Double) {
     Chain<double>(task, kernels).run();
   } else {

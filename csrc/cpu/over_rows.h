@@ -4,8 +4,8 @@
 #include <memory>
 
 #include "../row_kinds.h"
+#include "kernel_set.h"
 #include "layout.h"
-#include "rows.h"
 
 namespace emr::cpu {
 
@@ -26,7 +26,7 @@ inline ScalarType compute_type(const Tensor& t) {
 template <class F>
 void over_rows(const Tensor& logits, const F& f) {
   const int64_t rows = logits.size(0), classes = logits.size(1);
-  const RowKernels& kernels = row_kernels(dtype_of(logits));
+  const RowKernels& kernels = kernel_set().rows(dtype_of(logits));
   // A task is a unit of rows or a row; a thread gets enough of them to pay for itself.
   const int64_t together = classes <= kStackedClasses ? kUnit : 1;
   const int64_t tasks = (rows + together - 1) / together;

@@ -4,8 +4,8 @@
 #include <limits>
 #include <vector>
 
+#include "kernel_set.h"
 #include "layout.h"
-#include "margins.h"
 
 namespace emr::cpu {
 namespace {
@@ -19,7 +19,7 @@ void margins_of(
   const auto* const f = static_cast<const A*>(logits.const_data_ptr());
   const auto* const labels = static_cast<const int64_t*>(y.const_data_ptr());
   auto* const out = static_cast<A*>(result.mutable_data_ptr());
-  const DifferenceNorm norm = difference_norm(dtype_of(weights), order);
+  const DifferenceNorm norm = kernel_set().difference_norm(dtype_of(weights), order);
   const int64_t grain = 1 + kBlock / std::max<int64_t>(1, classes * size);
   torch::stable::parallel_for(0, samples, grain, [&](int64_t begin, int64_t end) {
     std::vector<double> totals(classes);

@@ -8,8 +8,8 @@
 #include <vector>
 
 #include "../samples.h"
+#include "kernel_set.h"
 #include "layout.h"
-#include "steps.h"
 
 namespace emr::cpu {
 namespace {
@@ -170,13 +170,13 @@ template <class A>
 void step_as(
     const Step& s, const std::string& norm, Dtype x, Dtype gradient, const Batch& batch, double step_size,
     const OptionalTensor& step_sizes, int64_t count, const OptionalTensor& counts) {
-  const StepKernels& k = step_kernels(x, gradient);
+  const StepKernels& k = kernel_set().steps(x, gradient);
   const PerSample<A> step{
       static_cast<A>(step_size), step_sizes ? static_cast<const A*>(step_sizes->const_data_ptr()) : nullptr};
   if (norm == "linf") {
     linf(s, k, batch, step);
   } else if (norm == "l2") {
-    l2(s, k, square_sum(gradient), batch, step);
+    l2(s, k, kernel_set().square_sum(gradient), batch, step);
   } else {
     const PerSample<int64_t> moved{
         count, counts ? static_cast<const int64_t*>(counts->const_data_ptr()) : nullptr};

@@ -41,23 +41,4 @@ struct ProductKernels {
       const int32_t* lanes, const void* start, void* tile);
 };
 
-const ProductKernels& product_kernels_baseline(Dtype dtype);
-#if EMR_X86
-const ProductKernels& product_kernels_avx2(Dtype dtype);
-const ProductKernels& product_kernels_avx512(Dtype dtype);
-#endif
-
-inline const ProductKernels& product_kernels(Dtype dtype) {
-  static const Isa isa = chosen_isa();
-#if EMR_X86
-  if (isa == Isa::avx512) {
-    return product_kernels_avx512(dtype);
-  }
-  if (isa == Isa::avx2) {
-    return product_kernels_avx2(dtype);
-  }
-#endif
-  return product_kernels_baseline(dtype);
-}
-
 }  // namespace emr

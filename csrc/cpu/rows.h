@@ -48,23 +48,4 @@ struct RowKernels {
   void (*losses)(const LossTask&, int64_t begin, int64_t end, void* scratch);
 };
 
-const RowKernels& row_kernels_baseline(Dtype dtype);
-#if EMR_X86
-const RowKernels& row_kernels_avx2(Dtype dtype);
-const RowKernels& row_kernels_avx512(Dtype dtype);
-#endif
-
-inline const RowKernels& row_kernels(Dtype dtype) {
-  static const Isa isa = chosen_isa();
-#if EMR_X86
-  if (isa == Isa::avx512) {
-    return row_kernels_avx512(dtype);
-  }
-  if (isa == Isa::avx2) {
-    return row_kernels_avx2(dtype);
-  }
-#endif
-  return row_kernels_baseline(dtype);
-}
-
 }  // namespace emr

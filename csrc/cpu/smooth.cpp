@@ -1,5 +1,5 @@
 // smooth_vjp and smooth_jvp on the CPU.
-#include "smooth.h"
+#include "kernel_set.h"
 
 #include <algorithm>
 #include <string>
@@ -21,7 +21,7 @@ Smooth smooth_kind(const std::string& name) {
 
 void run(const SmoothTask& task, const Tensor& like, const std::string& kind) {
   const int64_t numel = like.numel();
-  const SmoothKernel kernel = smooth_kernel(dtype_of(like), smooth_kind(kind), task.cotangent != nullptr);
+  const SmoothKernel kernel = kernel_set().smooth(dtype_of(like), smooth_kind(kind), task.cotangent != nullptr);
   const int64_t blocks = (numel + kBlock - 1) / kBlock;
   torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
     kernel(task, begin * kBlock, std::min(end * kBlock, numel));

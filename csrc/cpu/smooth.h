@@ -18,23 +18,4 @@ struct SmoothTask {
 };
 using SmoothKernel = void (*)(const SmoothTask&, int64_t begin, int64_t end);
 
-SmoothKernel smooth_kernel_baseline(Dtype dtype, Smooth kind, bool both);
-#if EMR_X86
-SmoothKernel smooth_kernel_avx2(Dtype dtype, Smooth kind, bool both);
-SmoothKernel smooth_kernel_avx512(Dtype dtype, Smooth kind, bool both);
-#endif
-
-inline SmoothKernel smooth_kernel(Dtype dtype, Smooth kind, bool both) {
-  static const Isa isa = chosen_isa();
-#if EMR_X86
-  if (isa == Isa::avx512) {
-    return smooth_kernel_avx512(dtype, kind, both);
-  }
-  if (isa == Isa::avx2) {
-    return smooth_kernel_avx2(dtype, kind, both);
-  }
-#endif
-  return smooth_kernel_baseline(dtype, kind, both);
-}
-
 }  // namespace emr

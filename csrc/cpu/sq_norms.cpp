@@ -3,8 +3,8 @@
 #include <vector>
 
 #include "../samples.h"
+#include "kernel_set.h"
 #include "layout.h"
-#include "steps.h"
 
 namespace emr::cpu {
 namespace {
@@ -23,7 +23,7 @@ Source source_of(const Tensor& t, int64_t batch) {
   const int64_t size = batch == 0 ? 0 : t.numel() / batch;
   const int64_t bytes = static_cast<int64_t>(t.element_size());
   const auto* data = static_cast<const char*>(t.const_data_ptr());
-  return {data, t.stride(0) * bytes, size, (size + kBlock - 1) / kBlock, square_sum(dtype_of(t))};
+  return {data, t.stride(0) * bytes, size, (size + kBlock - 1) / kBlock, kernel_set().square_sum(dtype_of(t))};
 }
 
 template <class A>

@@ -37,39 +37,4 @@ struct StepKernels {
   void (*l1)(const Step&, double a, double least, double cut, int64_t begin, int64_t end);
 };
 
-SquareSum square_sum_baseline(Dtype dtype);
-const StepKernels& step_kernels_baseline(Dtype x, Dtype gradient);
-#if EMR_X86
-SquareSum square_sum_avx2(Dtype dtype);
-const StepKernels& step_kernels_avx2(Dtype x, Dtype gradient);
-SquareSum square_sum_avx512(Dtype dtype);
-const StepKernels& step_kernels_avx512(Dtype x, Dtype gradient);
-#endif
-
-inline SquareSum square_sum(Dtype dtype) {
-  static const Isa isa = chosen_isa();
-#if EMR_X86
-  if (isa == Isa::avx512) {
-    return square_sum_avx512(dtype);
-  }
-  if (isa == Isa::avx2) {
-    return square_sum_avx2(dtype);
-  }
-#endif
-  return square_sum_baseline(dtype);
-}
-
-inline const StepKernels& step_kernels(Dtype x, Dtype gradient) {
-  static const Isa isa = chosen_isa();
-#if EMR_X86
-  if (isa == Isa::avx512) {
-    return step_kernels_avx512(x, gradient);
-  }
-  if (isa == Isa::avx2) {
-    return step_kernels_avx2(x, gradient);
-  }
-#endif
-  return step_kernels_baseline(x, gradient);
-}
-
 }  // namespace emr

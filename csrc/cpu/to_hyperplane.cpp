@@ -1,7 +1,7 @@
 // to_hyperplane on the CPU.
 #include <string>
 
-#include "hyperplane.h"
+#include "kernel_set.h"
 #include "layout.h"
 
 namespace emr::cpu {
@@ -18,7 +18,7 @@ std::tuple<Tensor, Tensor> to_hyperplane(const Tensor& x, const Tensor& w, const
   const int64_t size = x.size(1), padded = (size + kUnit - 1) / kUnit * kUnit;
   const HyperplaneTask task{x.const_data_ptr(), w.const_data_ptr(), gap.const_data_ptr(),
                             d.mutable_data_ptr(), length.mutable_data_ptr(), size};
-  const HyperplaneKernel kernel = hyperplane_kernel(dtype_of(x), norm == "l2");
+  const HyperplaneKernel kernel = kernel_set().hyperplane(dtype_of(x), norm == "l2");
   const int64_t grain = 1 + kBlock / (16 * padded + 1);
   torch::stable::parallel_for(0, x.size(0), grain, [&](int64_t begin, int64_t end) {
     const Scratch<double> scratch(2 * padded);

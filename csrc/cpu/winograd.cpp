@@ -1,5 +1,5 @@
 // winograd_weight, winograd_convolution and winograd_weight_grad on the CPU.
-#include "winograd.h"
+#include "kernel_set.h"
 
 #include "layout.h"
 
@@ -52,6 +52,8 @@ WinogradWeightTask weight_task_of(const Tensor& kernels, bool transposed) {
 }
 
 constexpr int64_t kWeightGrain = 1 + kBlock / (kTileProducts * kWinogradPanel);
+// Tiles of a task, where there are as many.
+constexpr int64_t kLeastTiles = 4;
 // Floats of the tiles whose products are made at once.
 constexpr int64_t kGradFloats = 1 << 21;
 
@@ -69,7 +71,7 @@ void winograd_weight(const Tensor& packed, const Tensor& weight, bool transposed
     task.kernels -= 2 * (task.down_step + task.across_step);
   }
   task.weight = static_cast<float*>(packed.mutable_data_ptr());
-  const WinogradWeightKernel kernel = winograd_kernels().weight;
+  const WinogradWeightKernel kernel = kernel_set().winograd.weight;
   torch::stable::parallel_for(
       0, task.panels * task.rows, kWeightGrain, [&](int64_t begin, int64_t end) { kernel(task, begin, end); });
 }
@@ -94,10 +96,10 @@ void winograd_convolution(
 
   const int64_t tiles = x.size(0) * task.down * task.across;
   const int64_t threads = torch::stable::get_num_threads();
-  // The same number of blocks, as nearly equal as can be, for each thread.
+  // The same number of blocks, as nearly equal as can be, for each thread; but each reads the whole weight.
   const int64_t rounds = (tiles + kWinogradTiles * threads - 1) / (kWinogradTiles * threads);
-  const int64_t blocks = std::min(tiles, rounds * threads);
-  const WinogradKernel kernel = winograd_kernels().convolution;
+  const int64_t blocks = std::min((tiles + kLeastTiles - 1) / kLeastTiles, rounds * threads);
+  const WinogradKernel kernel = kernel_set().winograd.convolution;
   torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
     const Scratch<float> scratch(winograd_scratch(task, (tiles + blocks - 1) / blocks));
     for (int64_t block = begin; block < end; ++block) {
@@ -113,7 +115,7 @@ void winograd_weight_grad(
   const int64_t channels = task.images.channels, out_channels = task.images.out_channels;
   WinogradWeightTask kernels = weight_task_of(grad, false);
   STD_TORCH_CHECK(
-      kernels.rows == channels && kernels.columns == out_channels, "expected a gradient [K, C, 3, 3] of these channels");
+      kernels.rows == channels && kernels.columns == out_channels, "expected a gradient [K, C, 3, 3] of their channels");
   const int64_t tiles = x.size(0) * task.images.down * task.images.across;
   if (tiles == 0 || grad.numel() == 0) {
     torch::stable::fill_(grad, 0);
@@ -122,7 +124,8 @@ void winograd_weight_grad(
   task.images.x = static_cast<const float*>(x.const_data_ptr());
   task.cotangent = static_cast<const float*>(cotangent.const_data_ptr());
   // Fixed, so that sums do not depend on the number of threads.
-  const int64_t most = std::clamp<int64_t>(kGradFloats / (kTileProducts * (channels + out_channels)), 64, tiles);
+  const int64_t fitting = kGradFloats / (kTileProducts * (channels + out_channels));
+  const int64_t most = std::min(tiles, std::max<int64_t>(64, fitting));
   const auto room = [&](int64_t columns) { return kTileProducts * winograd_stride(columns, most); };
   const Scratch<float> zeros(channels), values(room(channels)), cotangents(room(out_channels)),
       products(kTileProducts * winograd_columns(out_channels) * channels);
@@ -131,7 +134,7 @@ void winograd_weight_grad(
   task.values = values.get();
   task.cotangents = cotangents.get();
   task.products = products.get();
-  const WinogradKernels& run = winograd_kernels();
+  const WinogradKernels& run = kernel_set().winograd;
   for (task.first = 0; task.first < tiles; task.first += task.tiles) {
     task.tiles = std::min(most, tiles - task.first);
     torch::stable::parallel_for(

@@ -26,13 +26,14 @@ struct WinogradTask {
   int64_t down, across;  // tiles of an image
 };
 
-// Floats between the products of a task: not a multiple of a page, or all of a tile's would fall on one cache set.
+// Floats between the products of a task: seldom a multiple of a page, so that a tile's do not share one cache set. What
+// is added is also what a panel that is half empty reads beyond the last row.
 inline int64_t winograd_stride(int64_t columns, int64_t tiles) { return columns * tiles + kUnit; }
 inline int64_t winograd_columns(int64_t out_channels) {
   return (out_channels + kWinogradPanel - 1) / kWinogradPanel * kWinogradPanel;
 }
 inline int64_t winograd_scratch(const WinogradTask& task, int64_t tiles) {
-  return task.channels + kTileProducts * (winograd_stride(task.channels, tiles) +
+  return task.channels + tiles + kTileProducts * (winograd_stride(task.channels, tiles) +
                                           winograd_stride(winograd_columns(task.out_channels), tiles));
 }
 
@@ -72,24 +73,5 @@ struct WinogradKernels {
   WinogradGradKernel grad_products;
   WinogradKernelsOf grad_kernels;
 };
-
-const WinogradKernels& winograd_kernels_baseline();
-#if EMR_X86
-const WinogradKernels& winograd_kernels_avx2();
-const WinogradKernels& winograd_kernels_avx512();
-#endif
-
-inline const WinogradKernels& winograd_kernels() {
-  static const Isa isa = chosen_isa();
-#if EMR_X86
-  if (isa == Isa::avx512) {
-    return winograd_kernels_avx512();
-  }
-  if (isa == Isa::avx2) {
-    return winograd_kernels_avx2();
-  }
-#endif
-  return winograd_kernels_baseline();
-}
 
 }  // namespace emr

@@ -51,6 +51,7 @@ class Planner:
         self.tapped = self._downstream_of(taps)
         self.scale_sources = find_scale_sources(rules, kept, dims)
         self._mark_free({*kept, graph.input})
+        self._mark_compared()
         self._plans: dict[tuple[tuple[bool, ...], bool, bool], Plan] = {}
 
     def plan(self, wanted: tuple[bool, ...], first_order: bool, moving: bool) -> Plan:
@@ -91,6 +92,14 @@ class Planner:
         fresh = {rule.node.index for rule in self.rules if rule.fresh} - kept
         for rule in self.rules:
             rule.free = tuple(ref in fresh and uses[ref] == 1 for ref in rule.node.active)
+
+    def _mark_compared(self) -> None:
+        """Tell each rule whether a call downstream compares activations."""
+        compared: set[int] = set()
+        for rule in reversed(self.rules):
+            rule.compared = rule.node.index in compared
+            if rule.compares or rule.compared:
+                compared.update(rule.node.active)
 
     def _downstream_of(self, taps: Sequence[int]) -> set[int]:
         tapped = set(taps)

@@ -137,7 +137,9 @@ class Program:
         """x in the memory format that the convolution library is fastest in."""
         fast = x.device.type == "cpu" and x.dtype is not torch.float64
         if self.image_like and x.dim() == 4 and fast:
-            return x.contiguous(memory_format=torch.channels_last)
+            x = x.contiguous(memory_format=torch.channels_last)
+            # One channel is in either order: strides that say so make the first convolution keep it.
+            return x.view(x.shape[0], *x.shape[2:], 1).permute(0, 3, 1, 2) if x.shape[1] == 1 else x
         return x
 
     def vjp(self, point: Point, seed: torch.Tensor, keep: bool) -> tuple[list[torch.Tensor | None], list[Any]]:

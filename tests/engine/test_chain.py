@@ -42,8 +42,8 @@ class Normalized(nn.Module):
         return logits
 
 
-def dense(*layers: nn.Module) -> Callable[[], nn.Module]:
-    return lambda: nn.Sequential(nn.Flatten(), *layers)
+def dense(*layers: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), *layers)
 
 
 def built(build: Callable[[], nn.Module], dtype: torch.dtype = torch.float64) -> nn.Module:
@@ -59,11 +59,13 @@ def built(build: Callable[[], nn.Module], dtype: torch.dtype = torch.float64) ->
 
 
 CHAINS = {
-    "relu": dense(nn.Linear(12, 13), nn.ReLU(), nn.Linear(13, 7), nn.ReLU(), nn.Linear(7, CLASSES)),
-    "one hidden layer": dense(nn.Linear(12, 65), nn.ReLU(), nn.Linear(65, CLASSES)),
-    "leaky relu": dense(nn.Linear(12, 13), nn.LeakyReLU(0.1), nn.Linear(13, 7), nn.ReLU(), nn.Linear(7, CLASSES)),
-    "no bias": dense(nn.Linear(12, 9, bias=False), nn.ReLU(), nn.Linear(9, CLASSES, bias=False)),
-    "batch norm": dense(
+    "relu": lambda: dense(nn.Linear(12, 13), nn.ReLU(), nn.Linear(13, 7), nn.ReLU(), nn.Linear(7, CLASSES)),
+    "one hidden layer": lambda: dense(nn.Linear(12, 65), nn.ReLU(), nn.Linear(65, CLASSES)),
+    "leaky relu": lambda: dense(
+        nn.Linear(12, 13), nn.LeakyReLU(0.1), nn.Linear(13, 7), nn.ReLU(), nn.Linear(7, CLASSES)
+    ),
+    "no bias": lambda: dense(nn.Linear(12, 9, bias=False), nn.ReLU(), nn.Linear(9, CLASSES, bias=False)),
+    "batch norm": lambda: dense(
         nn.BatchNorm1d(12),
         nn.Linear(12, 9),
         nn.BatchNorm1d(9),
@@ -74,20 +76,20 @@ CHAINS = {
         nn.Dropout(0.5),
         nn.Linear(8, CLASSES),
     ),
-    "two linear layers at the end": dense(nn.Linear(12, 9), nn.ReLU(), nn.Linear(9, 4), nn.Linear(4, CLASSES)),
+    "two linear layers at the end": lambda: dense(nn.Linear(12, 9), nn.ReLU(), nn.Linear(9, 4), nn.Linear(4, CLASSES)),
     "batch norm of images": lambda: nn.Sequential(
         nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(12, 9), nn.Hardtanh(), nn.Linear(9, CLASSES)
     ),
     "normalized": Normalized,
 }
 NO_CHAINS = {
-    "no relu": dense(nn.Linear(12, CLASSES)),
-    "relu first": dense(nn.ReLU(), nn.Linear(12, 9), nn.ReLU(), nn.Linear(9, CLASSES)),
-    "relu last": dense(nn.Linear(12, 9), nn.ReLU(), nn.Linear(9, CLASSES), nn.ReLU()),
-    "bottleneck": dense(nn.Linear(12, 2), nn.Linear(2, 9), nn.ReLU(), nn.Linear(9, CLASSES)),
+    "no relu": lambda: dense(nn.Linear(12, CLASSES)),
+    "relu first": lambda: dense(nn.ReLU(), nn.Linear(12, 9), nn.ReLU(), nn.Linear(9, CLASSES)),
+    "relu last": lambda: dense(nn.Linear(12, 9), nn.ReLU(), nn.Linear(9, CLASSES), nn.ReLU()),
+    "bottleneck": lambda: dense(nn.Linear(12, 2), nn.Linear(2, 9), nn.ReLU(), nn.Linear(9, CLASSES)),
     "convolution": lambda: nn.Sequential(nn.Conv2d(2, 3, 1), nn.ReLU(), nn.Flatten(), nn.Linear(18, CLASSES)),
-    "silu": dense(nn.Linear(12, 9), nn.SiLU(), nn.Linear(9, CLASSES)),
-    "prelu": dense(nn.Linear(12, 9), nn.PReLU(), nn.Linear(9, CLASSES)),
+    "silu": lambda: dense(nn.Linear(12, 9), nn.SiLU(), nn.Linear(9, CLASSES)),
+    "prelu": lambda: dense(nn.Linear(12, 9), nn.PReLU(), nn.Linear(9, CLASSES)),
     "tokens": lambda: nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 3), nn.Flatten(), nn.Linear(12, CLASSES)),
 }
 

@@ -102,6 +102,27 @@ def test_the_gradient_of_the_kernels_of_a_convolution(geometry: tuple[int, ...])
 
 
 @pytest.mark.usefixtures("both")
+@pytest.mark.parametrize("padding", [(1, 1), (0, 2)])
+def test_a_convolution_of_zeros_is_the_bias(padding: tuple[int, int]) -> None:
+    """To the bit, wherever all nine pixels are zero in all channels, and nowhere else; -0 is one, NaN is none."""
+    x, kernels, bias, _ = problem((3, 15, 14, 48, 32, 1, 1))
+    lines = torch.arange(15)[:, None, None]
+    x[0] = x[0].where(lines < 6, 0.0)
+    # One channel, at the end, is not zero.
+    x[1] = -x[1].where((lines < 2) & (torch.arange(48) == 47), 0.0)
+    x[2] = 0.0
+    x[2, 7, 6, 40] = torch.nan
+    images = x.permute(0, 3, 1, 2)
+    read = conv2d((images != 0).double(), torch.ones(1, 48, 3, 3).double(), padding=padding)[:, 0] > 0
+    y = torch.empty(*read.shape, 32)
+    ops.winograd_convolution(y, x, ops.winograd_weight(kernels), bias, padding)
+    assert torch.equal((y == bias).all(3), ~read)
+    assert torch.equal(y[2].isnan().any(2), read[2] | y[2].isnan().any(2))
+    ops.winograd_convolution(y, x, ops.winograd_weight(kernels), None, padding)
+    assert torch.equal((y == 0).all(3), ~read)
+
+
+@pytest.mark.usefixtures("both")
 def test_rounding_is_near_that_of_the_plain_sum() -> None:
     x, kernels, _, padding = problem((4, 16, 16, 64, 64, 1, 1))
     images = x.permute(0, 3, 1, 2)
@@ -142,7 +163,7 @@ def test_nothing_to_do() -> None:
 
 @pytest.mark.parametrize("index", range(2))
 def test_every_instruction_set(index: int) -> None:
-    run_on_instruction_set(index, [__file__], "convolution or vjp or plain_sum")
+    run_on_instruction_set(index, [__file__], "convolution or vjp or plain_sum or zeros")
 
 
 def test_opcheck() -> None:

@@ -50,6 +50,8 @@ class Rule:
     fresh: ClassVar[bool] = False
     """Whether `forward`, `vjp` and `jvp` return memory of their own, that others may write into."""
 
+    compares: ClassVar[bool] = False
+    """Whether the derivative depends on which activations are larger than others: equal ones have to stay equal."""
     light: ClassVar[bool] = False
     """Whether forward and vjp cost little beside a layer: they are done again rather than their results kept."""
 
@@ -57,6 +59,8 @@ class Rule:
         self.node = node
         self.free: tuple[bool, ...] = (False,) * len(node.active)
         """For each activation, whether `forward` and `jvp` may overwrite it: nobody else reads it."""
+        self.compared = False
+        """Whether a call downstream compares."""
 
     @classmethod
     def accepts(cls, node: Node) -> bool:

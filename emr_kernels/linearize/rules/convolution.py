@@ -33,15 +33,6 @@ def _shape_of(tensor: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(tensor, device="meta")
 
 
-def _convolution(
-    input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, options: tuple[Any, ...]
-) -> torch.Tensor:
-    if winograd.serves(input, weight, options, once=True):
-        return winograd.convolution(input, ops.winograd_weight(weight), len(weight), bias, options[1])
-    output: torch.Tensor = aten.convolution.default(input, weight, bias, *options)
-    return output
-
-
 class BilinearRule(Rule):
     """Shared by all layers y = W * a + b: `_weight_grad(δ, a)` serves both ⟨δ, W u⟩ and the primal."""
 
@@ -171,9 +162,11 @@ class ConvolutionRule(BilinearRule):
         input, weight, bias = args[:3]
         options = self._options(weight)
         if self._packed is not None and self._packed.takes(input):
-            output = self._packed.forward(input)
+            output = self._packed.forward(input, plain=self.compared)
+        elif not self.compared and winograd.serves(input, weight, options, once=True):
+            output = winograd.convolution(input, ops.winograd_weight(weight), len(weight), bias, options[1])
         else:
-            output = _convolution(input, weight, bias, options)
+            output = aten.convolution.default(input, weight, bias, *options)
         return output, _ConvResidual(_shape_of(input), weight, options, input if primal else None)
 
     def vjp(self, residual: _ConvResidual, cotangent: Any) -> Tensors:
@@ -196,7 +189,10 @@ class ConvolutionRule(BilinearRule):
     def jvp(self, residual: _ConvResidual, tangents: Tensors) -> Any:
         (tangent,) = tangents
         assert tangent is not None
-        return _convolution(tangent, residual.weight, None, residual.options)
+        weight, options = residual.weight, residual.options
+        if winograd.serves(tangent, weight, options, once=True):
+            return winograd.convolution(tangent, ops.winograd_weight(weight), len(weight), None, options[1])
+        return aten.convolution.default(tangent, weight, None, *options)
 
     def _weight_grad(self, residual: _ConvResidual, cotangent: torch.Tensor, operand: torch.Tensor) -> torch.Tensor:
         if all(winograd.serves(t, residual.weight, residual.options, once=True) for t in (operand, cotangent)):

@@ -57,6 +57,7 @@ class GenericRule(Rule):
 
     curved = True
     bilinear = True
+    compares = True
 
     def __init__(self, node: Node) -> None:
         super().__init__(node)

@@ -59,9 +59,9 @@ class PackedConvolution:
         """Whether an input or a cotangent is laid out for it."""
         return tensor.dtype is torch.float32 and tensor.is_contiguous(memory_format=torch.channels_last)
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """The convolution of the input, [N, C, H, W], and its bias."""
-        if winograd.serves(input, self.weight, self._options, once=False):
+    def forward(self, input: torch.Tensor, plain: bool = False) -> torch.Tensor:
+        """The convolution of the input, [N, C, H, W], and its bias; plain: the same for equal neighbourhoods."""
+        if not plain and winograd.serves(input, self.weight, self._options, once=False):
             return winograd.convolution(
                 input, self._winograd_weight(False), len(self.weight), self._bias, self._padding
             )

@@ -23,6 +23,8 @@ class _Residual(NamedTuple):
 class MaxPoolRule(Rule):
     """Largest value of each window; the tangent is gathered from the winners' places."""
 
+    compares = True
+
     def __init__(self, node: Node) -> None:
         super().__init__(node)
         name = node.target._schema.name  # type: ignore[attr-defined]
