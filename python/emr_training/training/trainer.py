@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -23,6 +25,8 @@ from emr_training.training.loop import Loop
 from emr_training.training.metrics import EpochMetrics
 from emr_training.training.watch import StopSignal
 
+#: Seconds.
+_TO_LET_GO = 0.1
 _PRECISIONS: dict[str, Any] = {"32": "32-true", "tf32": "32-true", "64": "64-true"}
 
 
@@ -141,7 +145,21 @@ def _fabric(config: RunConfig, devices: int, nodes: int) -> Fabric:
         precision=_PRECISIONS.get(precision, precision),
     )
     fabric.launch()
+    if devices * nodes > 1:
+        atexit.register(_leave_group)
     return fabric
+
+
+def _leave_group() -> None:
+    """At the end of a process, so that it does not abort.
+
+    The thread of gloo that ran the last collective lets go of its tensors a little later, and needs the interpreter for
+    that; one that is shutting down ends the thread, and with it the process ("terminate called without an active
+    exception").
+    """
+    time.sleep(_TO_LET_GO)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _check(config: RunConfig, data: Data, extra: Data | None, classes: int, world: int) -> None:
