@@ -57,6 +57,7 @@ class Operator:
         _cuda_library.define(schema, tags=_TAGS)
         self.overload: Any = getattr(torch.ops.emr, name).default
         self._chosen: dict[tuple[torch.dtype, int], Callable[..., Any]] = {}
+        self._compiled = False
 
     def __call__(self, on: torch.Tensor, *args: Any) -> Any:
         if on.is_cuda:
@@ -66,6 +67,11 @@ class Operator:
         elif on.is_cpu and not torch.compiler.is_compiling():
             _extension.prepare()
         return self.overload(*args)
+
+    def compiled(self) -> bool:
+        """Whether the CPU has its kernel here. For every call: once it has, nothing is looked up again."""
+        self._compiled = self._compiled or self.serving("cpu")[0] == "cpu"
+        return self._compiled
 
     def _on_cuda(self, *args: Any) -> Any:
         return self._cuda_kernel(_first_tensor(args))(*args)

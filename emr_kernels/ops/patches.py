@@ -54,11 +54,6 @@ _fold_patches = _dispatch.define(
 )
 
 
-def compiled() -> bool:
-    """Whether the CPU has its kernel here."""
-    return _fold_patches.serving("cpu")[0] == "cpu"
-
-
 def fold_patches(images: torch.Tensor, patches: torch.Tensor, stride: Sequence[int], padding: Sequence[int]) -> None:
     """Overwrite images with the sums of the patches that lie on each pixel; what is outside of an image is left out.
 

@@ -189,11 +189,6 @@ _winograd_weight_grad = _dispatch.define(
 )
 
 
-def compiled() -> bool:
-    """Whether the CPU has its kernel here."""
-    return _winograd_convolution.serving("cpu")[0] == "cpu"
-
-
 def winograd_convolution(
     y: torch.Tensor,
     x: torch.Tensor,

@@ -15,8 +15,11 @@ from emr_kernels import EffectiveWeightPenalty, ops
 from emr_kernels.linearize import LinearizedPoint
 from emr_kernels.linearize.cache import find_program
 from emr_kernels.linearize.rules import winograd
+from emr_kernels.ops._dispatch import operators
 
-pytestmark = pytest.mark.skipif(not winograd.compiled(), reason="the compiled operators are not here")
+pytestmark = pytest.mark.skipif(
+    not operators["winograd_convolution"].compiled(), reason="the compiled operators are not here"
+)
 
 Uses = dict[str, int]
 

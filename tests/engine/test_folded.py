@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from emr_kernels import effective_weight_norms
 from emr_kernels.linearize.rules import folded
-from emr_kernels.ops.patches import compiled
+from emr_kernels.ops._dispatch import operators
 
 CONVOLUTIONS: dict[str, dict[str, Any]] = {
     "image": {"in_channels": 3, "kernel_size": 3, "padding": 1},
@@ -47,7 +47,7 @@ def effective_weight(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     return weight, weight.flatten(1).norm(dim=1)
 
 
-@pytest.mark.skipif(not compiled(), reason="the compiled operators are not here")
+@pytest.mark.skipif(not operators["fold_patches"].compiled(), reason="the compiled operators are not here")
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("chunk", [None, 1, 3000])
 @pytest.mark.parametrize("options", CONVOLUTIONS.values(), ids=CONVOLUTIONS)

@@ -14,7 +14,7 @@ import torch
 
 from emr_kernels import ops
 from emr_kernels.linearize.rules.packed import linear
-from emr_kernels.ops.patches import compiled
+from emr_kernels.ops._dispatch import operators
 
 #: Of the input; from 16 on the transposed convolution is as fast.
 _MOST_CHANNELS = 8
@@ -34,7 +34,7 @@ def serves(cotangent: torch.Tensor, weight: torch.Tensor, options: tuple[Any, ..
         and cotangent.is_cpu
         and cotangent.dtype is weight.dtype is torch.float32
         and cotangent.numel() > 0
-        and compiled()
+        and operators["fold_patches"].compiled()
     )
 
 

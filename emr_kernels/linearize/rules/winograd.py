@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from emr_kernels import ops
-from emr_kernels.ops.winograd import READ, TILE, UNIT, compiled
+from emr_kernels.ops._dispatch import operators
+from emr_kernels.ops.winograd import READ, TILE, UNIT
 
 #: Tiles from which it is faster than oneDNN with both weights at hand: fewer have to wait for the weight, four times as
 #: large.
@@ -42,7 +43,7 @@ def serves(tensor: torch.Tensor, weight: torch.Tensor, options: tuple[Any, ...],
         and tensor.dtype is weight.dtype is torch.float32
         and tensor.dim() == 4
         and tensor.is_contiguous(memory_format=torch.channels_last)
-        and compiled()
+        and operators["winograd_convolution"].compiled()
     ):
         return False
     tiles = tensor.shape[0] * -(-tensor.shape[2] // TILE) * -(-tensor.shape[3] // TILE)
