@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from benchmarks.micro import rows, table
-from benchmarks.micro.check import slower
 from benchmarks.micro.checking import deviation, error_of
 from benchmarks.micro.entries import ENTRIES, Entry, Make
 from emr_kernels.ops import _dispatch, _winners
@@ -87,16 +86,3 @@ def test_rows_are_read_whole_or_cut_off(tmp_path: Path) -> None:
     lines_of_table = table.table([again, other, row("bad", "cpu", 0, error="differs")]).splitlines()
     assert "2 s" in lines_of_table[2] and "2.0x" in lines_of_table[2] and "1 GB/s" in lines_of_table[2]
     assert "failed" in lines_of_table[3]
-
-
-def test_a_regression_is_slower_by_itself_and_beside_the_ceiling() -> None:
-    def measured(seconds: float, fraction: float) -> dict[str, Any]:
-        return {**row("sq_norms", "cpu", seconds), "fraction": fraction}
-
-    old = [measured(1.0, 0.5)]
-    (ratio,) = slower(old, [measured(1.5, 0.25)]).values()
-    assert ratio == 1.5
-    # The same machine, slower as a whole; a copy that had a good round; within a tenth; faster.
-    for seconds, fraction in ((2.0, 0.5), (1.0, 0.2), (1.05, 0.47), (0.5, 0.9)):
-        assert not slower(old, [measured(seconds, fraction)])
-    assert not slower(old, [{**measured(3.0, 0.1), "contender": "eager"}])
