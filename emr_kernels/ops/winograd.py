@@ -48,6 +48,10 @@ _TO_OUTPUT = [
 ]
 
 
+def _writes_only(*_: object) -> None:
+    """What these operators do to tensors without memory: each only writes into its first."""
+
+
 def winograd_weight_reference(packed: torch.Tensor, weight: torch.Tensor, transposed: bool) -> None:
     """`winograd_weight` in plain PyTorch, into its result."""
     turned = weight.flip(2, 3).permute(2, 3, 0, 1) if transposed else weight.permute(2, 3, 1, 0)
@@ -59,14 +63,10 @@ def winograd_weight_reference(packed: torch.Tensor, weight: torch.Tensor, transp
     packed.copy_(spread.transpose(1, 2))
 
 
-def _winograd_weight_fake(packed: torch.Tensor, weight: torch.Tensor, transposed: bool) -> None:
-    return None
-
-
 _winograd_weight = _dispatch.define(
     "winograd_weight(Tensor(a!) packed, Tensor weight, bool transposed) -> ()",
     winograd_weight_reference,
-    _winograd_weight_fake,
+    _writes_only,
 )
 
 
@@ -138,22 +138,11 @@ def winograd_convolution_reference(
     y.copy_(outputs if bias is None else outputs + bias)
 
 
-def _winograd_convolution_fake(
-    y: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    pad_height: int,
-    pad_width: int,
-) -> None:
-    return None
-
-
 _winograd_convolution = _dispatch.define(
     "winograd_convolution(Tensor(a!) y, Tensor x, Tensor weight, Tensor? bias, SymInt pad_height, "
     "SymInt pad_width) -> ()",
     winograd_convolution_reference,
-    _winograd_convolution_fake,
+    _writes_only,
 )
 
 
@@ -176,16 +165,10 @@ def winograd_weight_grad_reference(
     grad.copy_(torch.einsum("ai,bj,abck->kcij", to_weight, to_weight, products))
 
 
-def _winograd_weight_grad_fake(
-    grad: torch.Tensor, x: torch.Tensor, cotangent: torch.Tensor, pad_height: int, pad_width: int
-) -> None:
-    return None
-
-
 _winograd_weight_grad = _dispatch.define(
     "winograd_weight_grad(Tensor(a!) grad, Tensor x, Tensor cotangent, SymInt pad_height, SymInt pad_width) -> ()",
     winograd_weight_grad_reference,
-    _winograd_weight_grad_fake,
+    _writes_only,
 )
 
 

@@ -146,6 +146,7 @@ def _fabric(config: RunConfig, devices: int, nodes: int) -> Fabric:
     )
     fabric.launch()
     if devices * nodes > 1:
+        atexit.unregister(_leave_group)
         atexit.register(_leave_group)
     return fabric
 
