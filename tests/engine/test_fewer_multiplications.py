@@ -206,8 +206,8 @@ def test_passes_of_an_attack(channels: int, uses: Uses) -> None:
 
 
 def test_where_no_gradient_arrives_there_is_none(uses: Uses) -> None:
-    # The last line and column are in no window.
-    layers = (convolution(3, 16), nn.ReLU(), convolution(16, 16), nn.AvgPool2d(4), nn.Flatten(), nn.Linear(16 * 6, 5))
+    # The last four lines are in no window, and the first of those without a gradient lies inside of a tile.
+    layers = (convolution(3, 16), nn.ReLU(), convolution(16, 16), nn.AvgPool2d(6), nn.Flatten(), nn.Linear(16 * 2, 5))
     passes(trained(nn.Sequential(*layers)), images(4))
     assert uses["winograd_convolution"] == 2
 
